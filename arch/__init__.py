@@ -1,0 +1,1 @@
+"""Backbones built from the layers, and the registry that names them."""

@@ -1,0 +1,1 @@
+"""Neural memories and the plain parts they need, as `torch.nn` modules."""

@@ -1,0 +1,160 @@
+"""SequenceMixer: the contract every causal memory keeps, with masks and packed documents handled once for all."""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memzoo.layers.errors import check_width
+from memzoo.layers.packing import Ragged, left_align, split_documents
+from memzoo.layers.state import MixerState
+from memzoo.layers.trace import Trace
+
+
+class SequenceMixer(nn.Module, ABC):
+    """A causal layer over (batch, time, dim) that carries a state.
+
+    ``y, state = mixer(x, state=None, *, mask=None, doc_ids=None, trace=None, donate=False)``
+
+    A subclass writes ``initial_state`` and ``mix``; the latter sees rows that begin at the left, of given lengths, and
+    is called by ``forward`` after masks and documents have been unpacked. A subclass with a faster way to do that
+    overrides ``forward``.
+
+    Args:
+        dim: Width of ``x`` and ``y``.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    @abstractmethod
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MixerState:
+        """Return the state of ``batch_size`` fresh rows, zeros by convention.
+
+        Args:
+            batch_size: Rows.
+            device: Where; the parameters' device by default.
+            dtype: Of the inputs to come; recurrent parts are kept in at least float32. The parameters' by default.
+        """
+
+    @abstractmethod
+    def mix(
+        self, x: Tensor, state: MixerState | None, *, lengths: Tensor | None, trace: Trace | None, donate: bool
+    ) -> tuple[Tensor, Any]:
+        """Mix rows that begin at the left.
+
+        Args:
+            x: (batch, time, dim).
+            state: What earlier calls left; None for fresh rows. Not changed unless ``donate``.
+            lengths: (batch,) tokens that exist in each row; what lies to their right must change neither the outputs
+                before them nor the returned state, and outputs there are arbitrary. None if all exist.
+            trace: Where to report, or None.
+            donate: The caller gives ``state`` away; its storage may be reused.
+
+        Returns:
+            The outputs (batch, time, dim) and the new state. ``position`` must be advanced; ``document`` is kept by
+            ``forward``.
+        """
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MixerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        trace: Trace | None = None,
+        donate: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """Mix a piece of every row's sequence.
+
+        Args:
+            x: The tokens.
+            state: The state a previous call returned; None starts afresh. Never changed in place unless ``donate``.
+            mask: True at real tokens. A masked token leaves the state bit-identical and its output is zero.
+            doc_ids: Documents packed in one row: a run of equal ids is one document, seen by no other. The first one
+                continues ``state`` if it carries the same id as the last token of the previous call.
+            trace: Collects losses and signals.
+            donate: Allow the storage of ``state`` to be reused; it must not be read afterwards.
+
+        Shape:
+            x: (batch, time, dim), time >= 1. mask, doc_ids: (batch, time). Returns (batch, time, dim) and the state.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, or ``state`` has another batch size.
+        """
+        check_width("x", x, self.dim)
+        check_grid("mask", mask, x, boolean=True)
+        check_grid("doc_ids", doc_ids, x, boolean=False)
+        if state is not None and state.position.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"state has {state.position.shape[0]} rows, x has batch {x.shape[0]}; "
+                f"use state.reorder(index) to match them, or state=None to start afresh"
+            )
+        if doc_ids is not None:
+            return self._mix_ragged(x, state, split_documents(doc_ids, mask), trace, has_documents=True)
+        if mask is not None:
+            return self._mix_ragged(x, state, left_align(mask), trace, has_documents=False)
+        return self.mix(x, state, lengths=None, trace=trace, donate=donate)
+
+    def _mix_ragged(
+        self, x: Tensor, state: MixerState | None, rows: Ragged, trace: Trace | None, *, has_documents: bool
+    ) -> tuple[Tensor, Any]:
+        own = None if trace is None else Trace()
+        start = state
+        if state is not None and has_documents:
+            start = state.reorder(rows.owner)
+            same = (start.document == rows.document) | (rows.lengths == 0)
+            start = start.reset(~(rows.first_document & same))
+        y, end = self.mix(rows.gather(x), start, lengths=rows.lengths, trace=own, donate=False)
+        if has_documents:
+            end = end.reorder(rows.last)
+            document = rows.document[rows.last]
+            if state is not None:
+                document = torch.where(rows.lengths[rows.last] > 0, document, state.document)
+            end = replace(end, document=document)
+        if trace is not None and own is not None:
+            _report(own, trace, rows)
+        return rows.scatter(y), end
+
+
+def check_grid(name: str, grid: Tensor | None, x: Tensor, *, boolean: bool) -> None:
+    """Require a (batch, time) tensor of booleans or of integers, like the input ``x`` (batch, time, ...).
+
+    Raises:
+        ValueError: Shape or dtype is wrong.
+    """
+    if grid is None:
+        return
+    if grid.shape != x.shape[:2]:
+        raise ValueError(f"{name} has shape {tuple(grid.shape)}; it must be (batch, time) = {tuple(x.shape[:2])}")
+    is_boolean = grid.dtype == torch.bool
+    if boolean and not is_boolean:
+        raise ValueError(f"{name} has dtype {grid.dtype}; it must be bool, True at real tokens: use {name} != 0")
+    if not boolean and (is_boolean or grid.is_floating_point()):
+        raise ValueError(f"{name} has dtype {grid.dtype}; document ids are integers: use {name}.long()")
+
+
+def counters(state: MixerState | None, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (position before, position after, document), each (batch,) int64, for a call on ``x``."""
+    batch, time = x.shape[:2]
+    if state is None:
+        before = torch.zeros(batch, dtype=torch.long, device=x.device)
+        document = torch.zeros(batch, dtype=torch.long, device=x.device)
+    else:
+        before, document = state.position, state.document
+    return before, before + (time if lengths is None else lengths), document
+
+
+def _report(own: Trace, trace: Trace, rows: Ragged) -> None:
+    """Hand on what a layer reported on unpacked rows, per-token signals put back in their places."""
+    for name, loss in own.losses.items():
+        trace.loss(name, loss)
+    for name, signal in own.signals.items():
+        per_token = signal.shape[:2] == rows.index.shape
+        trace.signal(name, rows.scatter(signal) if per_token else signal)

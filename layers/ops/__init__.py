@@ -1,0 +1,1 @@
+"""Pure functions: sequence first, every one takes and returns its state."""

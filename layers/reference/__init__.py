@@ -1,0 +1,1 @@
+"""The equations, executable: slow loops that define what is right."""

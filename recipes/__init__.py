@@ -1,0 +1,1 @@
+"""Recipes: YAML files for the command line, shipped inside the package."""
