@@ -36,7 +36,7 @@ class Ragged:
     document: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
-        """(batch, time, ...) -> (rows, length, ...), zeros past a row's end, so that no NaN of a masked token travels."""
+        """(batch, time, ...) -> (rows, length, ...), zeros past a row's end: no NaN of a masked token travels."""
         out = x.flatten(0, 1)[self.index]
         inside = torch.arange(self.index.shape[1], device=x.device) < self.lengths[:, None]
         return out.masked_fill(~_like(inside, out), 0)

@@ -32,10 +32,10 @@ class State:
         super().__init_subclass__(**kwargs)
         pytree.register_pytree_node(
             cls,
-            _flatten,
+            lambda state: _flatten(state),
             lambda values, _: cls(*values),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-            flatten_with_keys_fn=_flatten_with_keys,
+            flatten_with_keys_fn=lambda state: _flatten_with_keys(state),
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:

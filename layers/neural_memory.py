@@ -1,0 +1,273 @@
+"""Titans' neural memory: a small network per head, trained on the sequence while the sequence is read.
+
+Behrouz, Zhong and Mirrokni, "Titans: Learning to Memorize at Test Time" (arXiv 2501.00663). Every token asks the
+memory to map its key to its value and takes one step of gradient descent, with momentum (past surprise) and weight
+decay (forgetting), at train and test time alike. Outer training differentiates through all of it.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memzoo.layers.errors import check_choice, check_divisible, check_positive
+from memzoo.layers.mixer import SequenceMixer, counters
+from memzoo.layers.norm import RMSNorm
+from memzoo.layers.ops.activations import ACTIVATIONS
+from memzoo.layers.ops.neural_memory import Weights, neural_memory_scan
+from memzoo.layers.registry import register_layer
+from memzoo.layers.short_conv import ShortConv, ShortConvState
+from memzoo.layers.state import MixerState
+from memzoo.layers.trace import Trace
+
+
+@dataclass(frozen=True)
+class NeuralMemoryState(MixerState):
+    """The memory after the tokens read so far; its size does not depend on their number.
+
+    Attributes:
+        weights: W, one (batch, heads, d_in, d_out) a memory layer.
+        momentum: S, past surprise, like ``weights``; () without momentum.
+        base: W at the start of the running chunk, where gradients are taken, like ``weights``.
+        conv: Tail of the short convolution; None without one.
+    """
+
+    weights: Weights
+    momentum: Weights
+    base: Weights
+    conv: ShortConvState | None
+
+
+class NeuralMemory(SequenceMixer):
+    """Neural long-term memory (LMM): an MLP per head that learns key -> value while reading.
+
+    With ``W`` the memory's weights, ``S`` its past surprise and ``W_b`` the weights at the start of the chunk:
+
+        S_t = eta_t S_{t-1} - theta_t grad |M(W_b; k_t) - v_t|^2 / 2
+        W_t = (1 - alpha_t) W_{t-1} + S_t
+        y_t = M(W_t; q_t)
+
+    Args:
+        dim: Width of ``x`` and ``y``.
+        num_heads: Memories side by side, each of width ``dim / num_heads``; ``dim / head_dim`` by default. One head is
+            the paper's literal form.
+        head_dim: Width of a head, 64 by default; not together with ``num_heads``.
+        memory_depth: Layers of the memory, L_M. One is a matrix.
+        memory_expansion: Width of the memory's hidden layers over that of a head.
+        chunk_size: Tokens whose gradients are taken at the same weights. Part of the model, not only of its speed.
+        activation: Between the memory's layers: "silu", "gelu", "relu", "identity".
+        momentum: Keep past surprise (eta). False is the paper's ablation.
+        forgetting: Decay the memory (alpha). False is the paper's ablation.
+        conv_width: Width of the causal depthwise convolution after the q, k, v projections; None for none.
+        max_learning_rate: theta_max; ``chunk_size ** -0.5`` by default, since the steps of a chunk add up.
+        loss_scale: Factor of the gradient: 1 for half the squared error (the paper's appendix), 2 for all of it.
+        read: "post" reads after the token is written, "pre" before.
+        output_gate: Gate the output with ``silu(x W_g)``.
+        output_norm: RMS-normalise the concatenated heads before the gate.
+        decay_to_init: Forget towards the initial memory, not towards zero, which is a dead point of a deep memory.
+            Not in the paper.
+        max_gradient_norm: Limit of the norm of each token's gradient, over all layers of a head's memory. Not in the
+            paper.
+        backend: Of the memory's scan: "auto" or "torch".
+
+    Shape:
+        x: (batch, time, dim). mask, doc_ids: (batch, time). Returns (batch, time, dim) and ``NeuralMemoryState``.
+
+    Raises:
+        ValueError: A width does not divide, or an option is out of range.
+
+    Reference:
+        arXiv 2501.00663, sections 3.1, 3.2 and 4.4.
+
+    Note:
+        The paper gives no sizes, gate activations or initial weights. Ours: sigmoid gates, one a token and head, with
+        alpha starting near 0.02 and eta at 0.5; learned initial weights (theirs is W_0 = M_0), drawn with variance
+        1 / fan-in and zero for a matrix; convolution width 4 as in Gated DeltaNet; output norm and gate likewise.
+        Signals: ``theta``, ``eta``, ``alpha``, ``surprise`` (norm of the error M(W_b; k) - v), each
+        (batch, time, heads).
+    """
+
+    no_weight_decay = ("gates", "initial_weights")
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        memory_depth: int = 2,
+        memory_expansion: float = 2.0,
+        chunk_size: int = 64,
+        activation: str = "silu",
+        momentum: bool = True,
+        forgetting: bool = True,
+        conv_width: int | None = 4,
+        max_learning_rate: float | None = None,
+        loss_scale: float = 1.0,
+        read: str = "post",
+        output_gate: bool = True,
+        output_norm: bool = True,
+        decay_to_init: bool = False,
+        max_gradient_norm: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim)
+        num_heads = _heads(dim, num_heads, head_dim)
+        check_positive("memory_depth", memory_depth)
+        check_positive("chunk_size", chunk_size)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("read", read, ("post", "pre"))
+        check_choice("backend", backend, ("auto", "torch"))
+        for name, value in (
+            ("max_learning_rate", max_learning_rate),
+            ("loss_scale", loss_scale),
+            ("max_gradient_norm", max_gradient_norm),
+            ("memory_expansion", memory_expansion),
+        ):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} is not positive; use a value above 0")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.chunk_size = chunk_size
+        self.activation = activation
+        self.momentum = momentum
+        self.forgetting = forgetting
+        self.max_learning_rate = chunk_size**-0.5 if max_learning_rate is None else max_learning_rate
+        self.loss_scale = loss_scale
+        self.read = read
+        self.decay_to_init = decay_to_init
+        self.max_gradient_norm = max_gradient_norm
+        self.backend = backend
+
+        hidden = round(memory_expansion * self.head_dim)
+        widths = [self.head_dim, *[hidden] * (memory_depth - 1), self.head_dim]
+        self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
+        self.conv = ShortConv(3 * dim, width=conv_width, activation="silu") if conv_width is not None else None
+        self.gates = nn.Linear(dim, 3 * num_heads)  # theta, eta, alpha
+        self.initial_weights = nn.ParameterList(
+            torch.empty(num_heads, d_in, d_out) for d_in, d_out in itertools.pairwise(widths)
+        )
+        self.output_norm = RMSNorm(dim) if output_norm else None
+        self.output_gate = nn.Linear(dim, dim, bias=False) if output_gate else None
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the initial memory and set the gates' starting points."""
+        for weight in self.initial_weights:
+            # A matrix may start empty; a deeper memory of zeros would have no gradient, ever.
+            std = 0.0 if len(self.initial_weights) == 1 else weight.shape[1] ** -0.5
+            nn.init.normal_(weight, std=std)
+        theta, eta, alpha = self.gates.bias.view(3, self.num_heads)
+        theta.zero_()
+        eta.zero_()
+        alpha.fill_(-4.0)  # sigmoid(0) = 0.5 would forget everything within a few tokens
+
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> NeuralMemoryState:
+        """Return the state of fresh rows: zeros, which ``mix`` reads as the learned initial weights."""
+        like = self.initial_weights[0]
+        device = like.device if device is None else torch.device(device)
+        dtype = like.dtype if dtype is None else dtype
+        counts = torch.zeros(batch_size, dtype=torch.long, device=device)
+        kept = torch.promote_types(dtype, torch.float32)
+        zeros = tuple(torch.zeros(batch_size, *w.shape, dtype=kept, device=device) for w in self.initial_weights)
+        conv = None if self.conv is None else self.conv.initial_state(batch_size, device=device, dtype=dtype)
+        return NeuralMemoryState(counts, counts.clone(), zeros, zeros if self.momentum else (), zeros, conv)
+
+    def mix(
+        self,
+        x: Tensor,
+        state: MixerState | None,
+        *,
+        lengths: Tensor | None,
+        trace: Trace | None,
+        donate: bool,
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """Write and read the memory over rows that begin at the left; see ``SequenceMixer.mix``."""
+        own = cast(NeuralMemoryState | None, state)
+        before, after, document = counters(state, x, lengths)
+        q, k, v, conv = self._project(x, None if own is None else own.conv, lengths)
+        theta, eta, alpha = self._gate_values(x)
+        initial = tuple(w.expand(x.shape[0], *w.shape) for w in self.initial_weights)
+        weights = initial
+        if own is not None:
+            fresh = (before == 0).view(-1, 1, 1, 1)
+            weights = tuple(torch.where(fresh, w0, w) for w0, w in zip(initial, own.weights, strict=True))
+        y, weights, momentum, base = neural_memory_scan(
+            q,
+            k,
+            v,
+            theta,
+            eta,
+            alpha,
+            weights,
+            None if own is None else own.momentum,
+            chunk_size=self.chunk_size,
+            activation=self.activation,
+            loss_scale=self.loss_scale,
+            read=self.read,
+            position=0 if own is None else before,
+            base=None if own is None else own.base,
+            anchor=initial if self.decay_to_init else None,
+            max_gradient_norm=self.max_gradient_norm,
+            lengths=lengths,
+            backend=self.backend,
+            trace=trace,
+        )
+        if trace is not None:
+            for name, gate in (("theta", theta), ("eta", eta), ("alpha", alpha)):
+                if gate is not None:
+                    trace.signal(name, gate)
+        y = y.flatten(2).to(q.dtype)
+        if self.output_norm is not None:
+            y = self.output_norm(y)
+        if self.output_gate is not None:
+            y = y * F.silu(self.output_gate(x))
+        return self.out(y), NeuralMemoryState(after, document, weights, momentum, base, conv)
+
+    def _project(
+        self, x: Tensor, tail: ShortConvState | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, ShortConvState | None]:
+        """Return queries and keys of unit length, values, and the convolution's state."""
+        projected = self.query_key_value(x)
+        if self.conv is None:
+            projected, tail = F.silu(projected), None
+        else:
+            projected, tail = self.conv(projected, tail, lengths=lengths)
+        q, k, v = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, tail
+
+    def _gate_values(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return theta, eta, alpha, each (batch, time, heads), in at least float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            gates = F.linear(x.to(dtype), self.gates.weight.to(dtype), self.gates.bias.to(dtype))
+        theta, eta, alpha = gates.sigmoid().chunk(3, dim=-1)
+        return (
+            theta * self.max_learning_rate,
+            eta if self.momentum else None,
+            alpha if self.forgetting else torch.zeros_like(alpha),
+        )
+
+
+def _heads(dim: int, num_heads: int | None, head_dim: int | None) -> int:
+    check_positive("dim", dim)
+    if num_heads is not None and head_dim is not None:
+        raise ValueError(f"num_heads={num_heads} and head_dim={head_dim} are both given; give one, the other follows")
+    if num_heads is not None:
+        check_divisible("dim", dim, "num_heads", num_heads)
+        return num_heads
+    head_dim = 64 if head_dim is None else head_dim
+    check_divisible("dim", dim, "head_dim", head_dim)
+    return dim // head_dim
+
+
+@register_layer("neural_memory", "mixer")
+def _neural_memory(dim: int, **overrides: object) -> NeuralMemory:
+    return NeuralMemory(dim, **{"num_heads": 2, "chunk_size": 4} | overrides)  # type: ignore[arg-type]
