@@ -16,13 +16,13 @@ The backward pass is written out. It runs the products autograd would run, twice
 the copies of sliced and concatenated gradients.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memzoo.layers.ops.activations import activation
+from memzoo.layers.ops.activations import ACTIVATIONS
 
 Tensors = tuple[Tensor, ...]
 
@@ -57,42 +57,46 @@ class ChunkSettings:
 
 @dataclass
 class ChunkWork:
-    """What the forward pass of a chunk computes and its backward pass needs, a list entry a layer.
+    """What the forward pass of a chunk computes and its backward pass needs, a list entry a memory layer.
 
     Attributes:
         x: Inputs of the layers for the keys, (R, C, d_in).
-        z: Their outputs before the activation, all layers but the last, (R, C, d_out).
-        e: Errors at the activations' outputs, like ``z``.
+        first: Slopes of the activation at their outputs, all layers but the last, (R, C, d_out).
+        second: Second derivatives there, likewise.
+        e: Errors at the activations' outputs, likewise.
         d: Errors at the layers' outputs, clipped if a limit is set, (R, C, d_out).
         a: Inputs of the layers for the queries, (R, C, d_in).
         r: Their outputs before the activation, all layers but the last.
-        score: ``a x^T`` (R, C, C).
-        clip: Factor of every token's gradient (R, C, 1), or None.
+        read: The queries' inputs scaled for each carried block, (R, C, k * d_in).
+        written: The keys' inputs likewise.
+        score: ``a x^T``, (R, C, C).
+        mixed: ``score`` times the table.
+        clip: Factor of every token's gradient (R, C, 1), or no entry.
     """
 
-    x: list[Tensor]
-    z: list[Tensor]
-    e: list[Tensor]
-    d: list[Tensor]
-    a: list[Tensor]
-    r: list[Tensor]
-    score: list[Tensor]
-    clip: Tensor | None = None
+    x: list[Tensor] = field(default_factory=list)
+    first: list[Tensor] = field(default_factory=list)
+    second: list[Tensor] = field(default_factory=list)
+    e: list[Tensor] = field(default_factory=list)
+    d: list[Tensor] = field(default_factory=list)
+    a: list[Tensor] = field(default_factory=list)
+    r: list[Tensor] = field(default_factory=list)
+    read: list[Tensor] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
+    score: list[Tensor] = field(default_factory=list)
+    mixed: list[Tensor] = field(default_factory=list)
+    clip: list[Tensor] = field(default_factory=list)
 
     def pack(self) -> tuple[list[int], list[Tensor]]:
         """Return the lengths of the lists and all tensors in one list, as autograd keeps them."""
-        lists = [self.x, self.z, self.e, self.d, self.a, self.r, self.score, [] if self.clip is None else [self.clip]]
+        lists: list[list[Tensor]] = [getattr(self, f.name) for f in fields(self)]
         return [len(part) for part in lists], [t for part in lists for t in part]
 
     @staticmethod
     def unpack(lengths: list[int], tensors: Tensors) -> "ChunkWork":
         """Undo ``pack``."""
-        parts, rest = [], list(tensors)
-        for length in lengths:
-            parts.append(rest[:length])
-            rest = rest[length:]
-        x, z, e, d, a, r, score, clip = parts
-        return ChunkWork(x, z, e, d, a, r, score, clip[0] if clip else None)
+        rest = iter(tensors)
+        return ChunkWork(*([next(rest) for _ in range(length)] for length in lengths))
 
 
 class Chunk(torch.autograd.Function):
@@ -115,7 +119,7 @@ class Chunk(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *kept)
         if not settings.reports_error:
             return (y, *carry)
-        error = work.d[-1] if work.clip is None else work.d[-1] / work.clip
+        error = work.d[-1] / work.clip[0] if work.clip else work.d[-1]
         norm = torch.linalg.vector_norm(error, dim=-1) / settings.loss_scale
         ctx.mark_non_differentiable(norm)
         return (y, *carry, norm)
@@ -143,38 +147,44 @@ def chunk_forward(
 ) -> tuple[Tensor, list[Tensor], ChunkWork]:
     """Return the reads, the new carry and what the backward pass needs. Shapes as in ``Chunk``."""
     carry, base, anchor = settings.split(states)
-    fn = activation(settings.activation)
-    weights = _weights(carry, base, anchor, [k.shape[-1], *(u.shape[-1] for u in carry[:-1])])
+    weights = _weights(carry, base, anchor, write.shape[2])
+    fn = ACTIVATIONS[settings.activation]
     last = settings.depth - 1
+    work = ChunkWork(x=[k], a=[q])
 
     # Keys forward, errors backward, both at the chunk's base.
-    x, z = [k], []
     for i in range(last):
-        z.append(torch.bmm(x[i], weights[i]))
-        x.append(fn.value(z[i]))
-    d = [torch.bmm(x[last], weights[last]).neg_().add_(v).mul_(settings.loss_scale)]
-    e: list[Tensor] = []
+        value, first, second = fn.jet(torch.bmm(work.x[i], weights[i]))
+        work.x.append(value)
+        work.first.append(first)
+        work.second.append(second)
+    d = [torch.baddbmm(v, work.x[last], weights[last], alpha=-1)]
+    if settings.loss_scale != 1:
+        d[0].mul_(settings.loss_scale)
     for i in range(last, 0, -1):
-        e.insert(0, torch.bmm(d[0], weights[i].mT))
-        d.insert(0, fn.times_first(e[0], z[i - 1]))
-    clip = None
+        work.e.insert(0, torch.bmm(d[0], weights[i].mT))
+        d.insert(0, work.e[0] * work.first[i - 1])
     if settings.max_gradient_norm is not None:
-        clip = _clip_factor(x, d, settings.max_gradient_norm)
-        d = [d_i * clip for d_i in d]
+        work.clip.append(_clip_factor(work.x, d, settings.max_gradient_norm))
+        d = [d_i * work.clip[0] for d_i in d]
+    work.d = d
 
     # Queries forward through the weights after each token, which exist only as coefficients.
-    a, r, score = [q], [], []
+    out = q
     for i, u in enumerate(carry):
-        score.append(torch.bmm(a[i], x[i].mT))
-        out = torch.bmm(_spread(a[i], read), u).baddbmm_(score[i] * mix, d[i])
+        work.score.append(torch.bmm(work.a[i], work.x[i].mT))
+        work.mixed.append(work.score[i] * mix)
+        work.read.append(_scaled(work.a[i], read))
+        out = torch.bmm(work.read[i], u).baddbmm_(work.mixed[i], d[i])
         if anchor:
-            out.baddbmm_(a[i], anchor[i])
+            out.baddbmm_(work.a[i], anchor[i])
         if i < last:
-            r.append(out)
-            a.append(fn.value(out))
+            work.r.append(out)
+            work.a.append(fn.value(out))
 
-    new = [_blocks_matmul(transition, u).baddbmm_(_spread(x[i], write).mT, d[i]) for i, u in enumerate(carry)]
-    return out, new, ChunkWork(x, z, e, d, a, r, score, clip)
+    work.written = [_scaled(x, write) for x in work.x]
+    new = [_transitioned(u, transition).baddbmm_(t.mT, d_i) for u, t, d_i in zip(carry, work.written, d, strict=True)]
+    return out, new, work
 
 
 def chunk_backward(
@@ -183,29 +193,29 @@ def chunk_backward(
     """Return the gradients of all inputs of ``chunk_forward`` after ``settings``, in their order."""
     mix, read, write, transition, *states = inputs[3:]
     carry, base, anchor = settings.split(tuple(states))
-    weights = _weights(carry, base, anchor, [x.shape[-1] for x in work.x])
-    fn = activation(settings.activation)
-    x, z, e, d, a, r = work.x, work.z, work.e, work.d, work.a, work.r
+    weights = _weights(carry, base, anchor, write.shape[2])
+    fn = ACTIVATIONS[settings.activation]
+    x, d, a = work.x, work.d, work.a
     last = settings.depth - 1
 
-    # The new carry: transition carry + spread(x, write)^T d.
+    # The new carry: transitioned carry + written^T d.
     d_write, d_transition = torch.zeros_like(write), torch.zeros_like(transition)
     d_carry, d_d, d_x = [], [], []
     for i, u in enumerate(carry):
-        d_carry.append(_blocks_matmul(transition.mT, d_new[i]))
+        d_carry.append(_transitioned(d_new[i], transition.mT))
         d_transition.baddbmm_(_flat_blocks(d_new[i], transition), _flat_blocks(u, transition).mT)
-        d_d.append(torch.bmm(_spread(x[i], write), d_new[i]))
-        d_x.append(_spread_backward(torch.bmm(d[i], d_new[i].mT), x[i], write, d_write))
+        d_d.append(torch.bmm(work.written[i], d_new[i]))
+        d_x.append(_scaled_backward(torch.bmm(d[i], d_new[i].mT), x[i], write, d_write))
 
-    # The reads, last layer first: out = spread(a, read) carry + (score * mix) d + a anchor.
+    # The reads, last layer first: out = read carry + mixed d + a anchor.
     d_read, d_mix = torch.zeros_like(read), torch.zeros_like(mix)
     d_anchor = [torch.zeros_like(m) for m in anchor]
     d_out = d_y
     for i in range(last, -1, -1):
-        d_carry[i].baddbmm_(_spread(a[i], read).mT, d_out)
-        d_a = _spread_backward(torch.bmm(d_out, carry[i].mT), a[i], read, d_read)
+        d_carry[i].baddbmm_(work.read[i].mT, d_out)
+        d_a = _scaled_backward(torch.bmm(d_out, carry[i].mT), a[i], read, d_read)
         d_mixed = torch.bmm(d_out, d[i].mT)
-        d_d[i].baddbmm_((work.score[i] * mix).mT, d_out)
+        d_d[i].baddbmm_(work.mixed[i].mT, d_out)
         d_mix.addcmul_(d_mixed, work.score[i])
         d_score = d_mixed.mul_(mix)
         d_a.baddbmm_(d_score, x[i])
@@ -213,58 +223,64 @@ def chunk_backward(
         if anchor:
             d_a.baddbmm_(d_out, anchor[i].mT)
             d_anchor[i].baddbmm_(a[i].mT, d_out)
-        d_out = fn.times_first(d_a, r[i - 1]) if i else d_a
+        d_out = fn.times_first(d_a, work.r[i - 1]) if i else d_a
     d_q = d_out
 
-    if work.clip is not None:
-        _clip_backward(x, d, work.clip, d_x, d_d)
-        d = [d_i / work.clip for d_i in d]
+    if work.clip:
+        d = _clip_backward(x, d, work.clip[0], d_x, d_d)
 
-    # The errors, first layer first: e = d_next w_next^T, d = e * act'(z).
-    apart = bool(base or anchor)
-    d_base = [torch.zeros_like(w) if apart else u[:, : w.shape[1]] for u, w in zip(d_carry, weights, strict=True)]
+    # The errors, first layer first: e = d_next w_next^T, d = e * act'.
+    d_weights = [torch.empty(0)] * settings.depth
     d_z = []
     for i in range(last):
-        d_e = fn.times_first(d_d[i], z[i])
-        d_z.append(fn.times_second(d_d[i] * e[i], z[i]))
+        d_e = d_d[i] * work.first[i]
+        d_z.append(d_d[i].mul_(work.e[i]).mul_(work.second[i]))
         d_d[i + 1].baddbmm_(d_e, weights[i + 1])
-        d_base[i + 1].baddbmm_(d_e.mT, d[i + 1])
-    d_v = d_d[last].mul_(settings.loss_scale)
+        d_weights[i + 1] = torch.bmm(d_e.mT, d[i + 1])
+    d_v = d_d[last]
+    if settings.loss_scale != 1:
+        d_v.mul_(settings.loss_scale)
     d_z.append(d_v.neg())
 
     # The keys, last layer first: z = x w, x_next = act(z).
     for i in range(last, -1, -1):
         d_x[i].baddbmm_(d_z[i], weights[i].mT)
-        d_base[i].baddbmm_(x[i].mT, d_z[i])
         if i:
-            d_z[i - 1] += fn.times_first(d_x[i], z[i - 1])
+            d_weights[i].baddbmm_(x[i].mT, d_z[i])
+            d_z[i - 1].addcmul_(d_x[i], work.first[i - 1])
+        else:
+            d_weights[0] = torch.bmm(x[0].mT, d_z[0])
 
-    if anchor and not base:  # the weights were the first carried block plus the anchor
-        for u, m, w in zip(d_carry, d_anchor, d_base, strict=True):
-            u[:, : w.shape[1]] += w
-            m += w
-    return [d_q, d_x[0], d_v, d_mix, d_read, d_write, d_transition, *d_carry, *(d_base if base else ()), *d_anchor]
+    if not base:  # the weights were the first carried block, plus the anchor
+        for d_u, d_w in zip(d_carry, d_weights, strict=True):
+            d_u[:, : d_w.shape[1]] += d_w
+        for d_m, d_w in zip(d_anchor, d_weights, strict=False):
+            d_m += d_w
+    return [d_q, d_x[0], d_v, d_mix, d_read, d_write, d_transition, *d_carry, *(d_weights if base else ()), *d_anchor]
 
 
-def _weights(carry: Tensors, base: Tensors, anchor: Tensors, widths: list[int]) -> list[Tensor]:
+def _weights(carry: Tensors, base: Tensors, anchor: Tensors, blocks: int) -> Tensors:
     """Return the weights at which the chunk's gradients are taken."""
     if base:
-        return list(base)
-    own = [u[:, :width] for u, width in zip(carry, widths, strict=True)]
-    return [w + m for w, m in zip(own, anchor, strict=True)] if anchor else own
+        return base
+    own = tuple(u[:, : u.shape[1] // blocks] for u in carry)
+    return tuple(w + m for w, m in zip(own, anchor, strict=True)) if anchor else own
 
 
-def _spread(x: Tensor, coefficients: Tensor) -> Tensor:
-    """(R, C, d) times (R, C, k) -> (R, C, k * d): one copy of every row a carried block, each scaled."""
-    scaled: Tensor = x.unsqueeze(2) * coefficients.unsqueeze(3)
-    return scaled.flatten(2)
+def _scaled(x: Tensor, coefficients: Tensor) -> Tensor:
+    """(R, C, d) and (R, C, k) -> (R, C, k * d): a copy of every row for each carried block, scaled."""
+    copies: Tensor = x.unsqueeze(2) * coefficients.unsqueeze(3)
+    return copies.flatten(2)
 
 
-def _spread_backward(d_spread: Tensor, x: Tensor, coefficients: Tensor, d_coefficients: Tensor) -> Tensor:
+def _scaled_backward(d_scaled: Tensor, x: Tensor, coefficients: Tensor, d_coefficients: Tensor) -> Tensor:
     """Return the gradient of ``x``, having added that of the coefficients in place."""
-    blocks: Tensor = d_spread.unflatten(2, (coefficients.shape[2], -1))
-    d_coefficients += (blocks * x.unsqueeze(2)).sum(-1)
-    return (blocks * coefficients.unsqueeze(3)).sum(2)
+    copies: Tensor = d_scaled.unflatten(2, (coefficients.shape[2], -1))
+    d_coefficients += (copies * x.unsqueeze(2)).sum(-1)
+    d_x = copies[:, :, 0] * coefficients[:, :, :1]
+    for i in range(1, coefficients.shape[2]):
+        d_x.addcmul_(copies[:, :, i], coefficients[:, :, i : i + 1])
+    return d_x
 
 
 def _flat_blocks(u: Tensor, transition: Tensor) -> Tensor:
@@ -273,16 +289,17 @@ def _flat_blocks(u: Tensor, transition: Tensor) -> Tensor:
     return blocks.flatten(2)
 
 
-def _blocks_matmul(transition: Tensor, u: Tensor) -> Tensor:
-    """Mix the blocks of ``u``: (R, k, k) on (R, k * d_in, d_out)."""
+def _transitioned(u: Tensor, transition: Tensor) -> Tensor:
+    """Mix the carried blocks: (R, k, k) on (R, k * d_in, d_out)."""
     return torch.bmm(transition, _flat_blocks(u, transition)).view_as(u)
 
 
 def _squared_norms(x: list[Tensor], d: list[Tensor]) -> Tensor:
     """Squared norm of each token's gradient, all layers together: the sum of |x|^2 |d|^2. (R, C, 1)."""
-    return torch.stack([x_i.square().sum(-1) * d_i.square().sum(-1) for x_i, d_i in zip(x, d, strict=True)]).sum(0)[
-        ..., None
+    layers = [
+        x_i.square().sum(-1, keepdim=True) * d_i.square().sum(-1, keepdim=True) for x_i, d_i in zip(x, d, strict=True)
     ]
+    return torch.stack(layers).sum(0)
 
 
 def _clip_factor(x: list[Tensor], d: list[Tensor], limit: float) -> Tensor:
@@ -291,16 +308,21 @@ def _clip_factor(x: list[Tensor], d: list[Tensor], limit: float) -> Tensor:
     return torch.where(squared > limit * limit, limit * squared.clamp_min(limit * limit).rsqrt(), 1)
 
 
-def _clip_backward(x: list[Tensor], d: list[Tensor], clip: Tensor, d_x: list[Tensor], d_d: list[Tensor]) -> None:
+def _clip_backward(
+    x: list[Tensor], d: list[Tensor], clip: Tensor, d_x: list[Tensor], d_d: list[Tensor]
+) -> list[Tensor]:
     """Turn gradients of the clipped errors ``d`` into those of the raw ones, in place; add those of ``x``.
 
     With raw errors u = d / clip and n^2 their squared norm, clip = limit / n where it acts, so
     d clip / d n^2 = -clip / (2 n^2), and n^2 is quadratic in u and in x.
+
+    Returns:
+        The raw errors.
     """
-    d_clip = torch.stack([(g * d_i).sum(-1, keepdim=True) for g, d_i in zip(d_d, d, strict=True)]).sum(0) / clip
     raw = [d_i / clip for d_i in d]
-    squared = _squared_norms(x, raw)
-    d_squared = torch.where(clip < 1, d_clip * clip / (-2 * squared), 0)
+    d_clip = torch.stack([(g * u).sum(-1, keepdim=True) for g, u in zip(d_d, raw, strict=True)]).sum(0)
+    d_squared = torch.where(clip < 1, d_clip * clip / (-2 * _squared_norms(x, raw)), 0)
     for i, u in enumerate(raw):
         d_d[i].mul_(clip).addcmul_(u, 2 * d_squared * x[i].square().sum(-1, keepdim=True))
         d_x[i].addcmul_(x[i], 2 * d_squared * u.square().sum(-1, keepdim=True))
+    return raw
