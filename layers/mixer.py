@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ class SequenceMixer(nn.Module, ABC):
     Args:
         dim: Width of ``x`` and ``y``.
     """
+
+    state_class: ClassVar[type[MixerState]] = MixerState
+    """What ``initial_state`` and ``forward`` return."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -86,11 +89,16 @@ class SequenceMixer(nn.Module, ABC):
             x: (batch, time, dim), time >= 1. mask, doc_ids: (batch, time). Returns (batch, time, dim) and the state.
 
         Raises:
-            ValueError: A shape or dtype is wrong, or ``state`` has another batch size.
+            ValueError: A shape or dtype is wrong, or ``state`` is of another layer or has another batch size.
         """
         check_width("x", x, self.dim)
         check_grid("mask", mask, x, boolean=True)
         check_grid("doc_ids", doc_ids, x, boolean=False)
+        if state is not None and not isinstance(state, self.state_class):
+            raise ValueError(
+                f"state is a {type(state).__name__}, {type(self).__name__} carries a {self.state_class.__name__}; "
+                f"pass what its previous call returned, or None to start afresh"
+            )
         if state is not None and state.position.shape[0] != x.shape[0]:
             raise ValueError(
                 f"state has {state.position.shape[0]} rows, x has batch {x.shape[0]}; "
@@ -112,6 +120,7 @@ class SequenceMixer(nn.Module, ABC):
             same = (start.document == rows.document) | (rows.lengths == 0)
             start = start.reset(~(rows.first_document & same))
         y, end = self.mix(rows.gather(x), start, lengths=rows.lengths, trace=own, donate=False)
+        end = end.reset(end.position == 0)  # a row that has seen no token is fresh, and fresh is zero
         if has_documents:
             end = end.reorder(rows.last)
             document = rows.document[rows.last]

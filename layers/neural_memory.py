@@ -90,6 +90,7 @@ class NeuralMemory(SequenceMixer):
         (batch, time, heads).
     """
 
+    state_class = NeuralMemoryState
     no_weight_decay = ("gates", "initial_weights")
 
     def __init__(

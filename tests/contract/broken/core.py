@@ -1,0 +1,29 @@
+"""What the broken parts share: the list of them, each with a check that must notice."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from memzoo.arch import CausalLM
+from tests.contract.checks import Part
+from tests.contract.checks.core import DIM
+from tests.contract.example import ExponentialAverage
+
+VOCAB_SIZE = 23
+BROKEN: list[tuple[Part, str]] = []
+
+
+def fails(*checks: str, **attributes: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """List the class below as a part that fails these checks."""
+
+    def register(cls: type[nn.Module]) -> type[nn.Module]:
+        if issubclass(cls, CausalLM):
+            part = Part(cls.__name__, "model", cls, vocab_size=VOCAB_SIZE, **attributes)
+        else:
+            kind = "mixer" if issubclass(cls, ExponentialAverage) else "channel"
+            part = Part(cls.__name__, kind, lambda: cls(DIM), **attributes)
+        BROKEN.extend((part, name) for name in checks)
+        return cls
+
+    return register

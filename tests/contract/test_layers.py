@@ -1,0 +1,40 @@
+"""Every registered layer keeps the contract of its kind (docs/contract.md), by default and with other options."""
+
+from typing import Any
+
+import pytest
+
+import memzoo.layers  # noqa: F401  (registers the layers)
+from memzoo.layers.registry import layer_entry, list_layers
+from tests.contract.checks import CHECKS, Part, cases
+from tests.contract.checks.core import DIM
+from tests.contract.example import ExponentialAverage
+
+EXAMPLE = Part("exponential_average", "mixer", lambda: ExponentialAverage(DIM))
+# Options that change what a state holds or how a call is computed; each set is tested like a layer of its own.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "attention": {
+        "no_positions": {"num_kv_heads": 4, "rotary_base": None},
+        "prefix": {"num_prefix_tokens": 3, "qk_norm": True},
+    },
+    "sliding_window_attention": {
+        "prefix": {"num_prefix_tokens": 2, "qk_norm": True, "window": 3},
+        "wide": {"window": 64},
+    },
+    "neural_memory": {
+        "matrix": {"memory_depth": 1, "momentum": False, "conv_width": None, "chunk_size": 1},
+        "deep": {"memory_depth": 3, "decay_to_init": True, "max_gradient_norm": 0.5, "activation": "gelu"},
+        "bare": {"read": "pre", "forgetting": False, "output_gate": False, "output_norm": False, "chunk_size": 6},
+    },
+}
+PARTS = [EXAMPLE]
+PARTS += [Part.of(layer_entry(name)) for name in list_layers()]
+PARTS += [Part.of(layer_entry(n), label, **options) for n, sets in VARIANTS.items() for label, options in sets.items()]
+CASES = cases(PARTS)
+
+
+@pytest.mark.parametrize(("part", "name"), CASES, ids=[f"{part.name}-{name}" for part, name in CASES])
+def test_layer(part: Part, name: str) -> None:
+    if reason := part.exempt.get(name):
+        pytest.skip(reason)
+    CHECKS[part.kind][name](part)
