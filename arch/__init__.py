@@ -1,1 +1,45 @@
-"""Backbones built from the layers, and the registry that names them."""
+"""Backbones built from the layers, and the registry that names them.
+
+Importing this package registers every model of the catalog: ``list_models()`` names them.
+"""
+
+from memzoo.arch.block import Block
+from memzoo.arch.card import Claim, Fidelity, ModelCard
+from memzoo.arch.causal_lm import CausalLM, CausalLMState
+from memzoo.arch.checkpoint import from_pretrained, save_pretrained
+from memzoo.arch.generation import generate
+from memzoo.arch.registry import (
+    ModelEntry,
+    create_model,
+    list_models,
+    model_card,
+    model_entry,
+    record_config,
+    register_model,
+)
+from memzoo.arch.sizes import PartSize, part_sizes
+from memzoo.arch.titans import TitansLMM
+from memzoo.arch.transformer import Transformer
+
+__all__ = [
+    "Block",
+    "CausalLM",
+    "CausalLMState",
+    "Claim",
+    "Fidelity",
+    "ModelCard",
+    "ModelEntry",
+    "PartSize",
+    "TitansLMM",
+    "Transformer",
+    "create_model",
+    "from_pretrained",
+    "generate",
+    "list_models",
+    "model_card",
+    "model_entry",
+    "part_sizes",
+    "record_config",
+    "register_model",
+    "save_pretrained",
+]

@@ -1,1 +1,35 @@
 """Neural memories and the plain parts they need, as `torch.nn` modules."""
+
+from memzoo.layers.attention import Attention, SlidingWindowAttention
+from memzoo.layers.feedforward import SwiGLU
+from memzoo.layers.mixer import SequenceMixer
+from memzoo.layers.neural_memory import NeuralMemory, NeuralMemoryState
+from memzoo.layers.norm import RMSNorm
+from memzoo.layers.ops.attention import AttentionState
+from memzoo.layers.registry import LayerEntry, create_layer, layer_entry, list_layers, register_layer
+from memzoo.layers.rotary import Rotary
+from memzoo.layers.short_conv import ShortConv, ShortConvState
+from memzoo.layers.state import MixerState, State
+from memzoo.layers.trace import Trace
+
+__all__ = [
+    "Attention",
+    "AttentionState",
+    "LayerEntry",
+    "MixerState",
+    "NeuralMemory",
+    "NeuralMemoryState",
+    "RMSNorm",
+    "Rotary",
+    "SequenceMixer",
+    "ShortConv",
+    "ShortConvState",
+    "SlidingWindowAttention",
+    "State",
+    "SwiGLU",
+    "Trace",
+    "create_layer",
+    "layer_entry",
+    "list_layers",
+    "register_layer",
+]

@@ -144,6 +144,10 @@ class NeuralMemory(SequenceMixer):
         self.backend = backend
 
         hidden = round(memory_expansion * self.head_dim)
+        if hidden < 1:
+            raise ValueError(
+                f"memory_expansion={memory_expansion} leaves no hidden unit of a head of {self.head_dim}; use more"
+            )
         widths = [self.head_dim, *[hidden] * (memory_depth - 1), self.head_dim]
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, width=conv_width, activation="silu") if conv_width is not None else None
@@ -177,9 +181,12 @@ class NeuralMemory(SequenceMixer):
         dtype = like.dtype if dtype is None else dtype
         counts = torch.zeros(batch_size, dtype=torch.long, device=device)
         kept = torch.promote_types(dtype, torch.float32)
-        zeros = tuple(torch.zeros(batch_size, *w.shape, dtype=kept, device=device) for w in self.initial_weights)
+
+        def zeros() -> Weights:
+            return tuple(torch.zeros(batch_size, *w.shape, dtype=kept, device=device) for w in self.initial_weights)
+
         conv = None if self.conv is None else self.conv.initial_state(batch_size, device=device, dtype=dtype)
-        return NeuralMemoryState(counts, counts.clone(), zeros, zeros if self.momentum else (), zeros, conv)
+        return NeuralMemoryState(counts, counts.clone(), zeros(), zeros() if self.momentum else (), zeros(), conv)
 
     def mix(
         self,
@@ -242,7 +249,8 @@ class NeuralMemory(SequenceMixer):
         else:
             projected, tail = self.conv(projected, tail, lengths=lengths)
         q, k, v = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, tail
+        # Below 1e-4, a norm that float16 still holds, keys shrink instead: a token of zeros has a tame gradient.
+        return F.normalize(q, dim=-1, eps=1e-4), F.normalize(k, dim=-1, eps=1e-4), v, tail
 
     def _gate_values(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return theta, eta, alpha, each (batch, time, heads), in at least float32."""

@@ -69,11 +69,11 @@ class State:
         """Start rows afresh.
 
         Args:
-            rows: Indices, or a boolean tensor (batch,). None resets every row.
+            rows: Indices, or (batch,) booleans. None resets every row.
         """
         if rows is None:
             return self.map(torch.zeros_like)
-        chosen = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), dtype=torch.long)
+        chosen = rows if isinstance(rows, Tensor) else _as_tensor(list(rows))
         if chosen.dtype == torch.bool:
             return self.map(
                 lambda t: torch.where(_as_mask(chosen, t), torch.zeros((), dtype=t.dtype, device=t.device), t)
@@ -96,7 +96,9 @@ class State:
 
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
-        save_file({name: t.detach().contiguous() for name, t in self.named_tensors().items()}, partial)
+        # Copies, since tensors that share storage (a memory and its gradient base at a chunk border) are refused.
+        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in self.named_tensors().items()}
+        save_file(copies, partial)
         partial.replace(target)
 
     def load(self, path: str | Path) -> Self:
@@ -162,6 +164,10 @@ def _rebuild(state: AnyState, tensors: dict[str, Tensor]) -> AnyState:
     # named_tensors and map walk the fields in the same order.
     values = iter([tensors[name] for name in state.named_tensors()])
     return state.map(lambda _: next(values))
+
+
+def _as_tensor(rows: list[int]) -> Tensor:
+    return torch.tensor(rows) if rows else torch.zeros(0, dtype=torch.long)
 
 
 def _as_mask(rows: Tensor, like: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def neural_memory(
         eta: Share of past surprise kept; None for a memory without momentum.
         alpha: Share of the memory forgotten.
         weights: The memory before the first token, a matrix a layer. Not changed.
-        momentum: Past surprise before the first token; zeros by default.
+        momentum: Past surprise before the first token; zeros by default, ignored without ``eta``.
         chunk_size: Tokens whose gradients share one base. Part of the model.
         activation: Between memory layers: "silu", "gelu", "relu", "identity".
         loss_scale: c of the gradient ``c (M(k) - v)``; the paper's main text has 2, its appendix 1.
@@ -117,15 +117,20 @@ def neural_memory_scan(
     chunk that the next token belongs to. ``trace`` is told the ``surprise`` of every token and head, the norm of
     ``M(W_b; k) - v``, (batch, time, heads).
     """
-    _check(q, k, v, theta, eta, alpha, weights, {"momentum": momentum, "base": base, "anchor": anchor}, lengths)
+    _check(
+        q, k, v, theta, eta, alpha, weights, {"momentum": momentum, "base": base, "anchor": anchor}, lengths, position
+    )
     check_positive("chunk_size", chunk_size)
     check_choice("read", read, ("post", "pre"))
     check_choice("backend", backend, ("auto", "torch"))
     check_choice("activation", activation, ACTIVATIONS)
+    if not loss_scale > 0:
+        raise ValueError(f"loss_scale={loss_scale} is not positive; use 1 for half the squared error, 2 for all of it")
     if max_gradient_norm is not None and not max_gradient_norm > 0:
         raise ValueError(f"max_gradient_norm={max_gradient_norm} is not positive; use None for no limit")
 
     batch, time, heads, _ = q.shape
+    depth = len(weights)
     dtype = torch.promote_types(torch.promote_types(q.dtype, weights[0].dtype), torch.float32)
     grid = ChunkGrid.lay_out(batch, time, heads, chunk_size, position, lengths, q.device)
     with torch.autocast(q.device.type, enabled=False):
@@ -135,12 +140,15 @@ def neural_memory_scan(
         inputs = (q, k, v, *_coefficients(tables, has_momentum=eta is not None, read=read))
 
         start, past, given_base, towards = (_to_rows(part, dtype) for part in (weights, momentum, base, anchor))
-        if eta is not None and not past:
+        if eta is None:
+            past = ()
+        elif not past:
             past = tuple(torch.zeros_like(w) for w in start)
         # Rows at a chunk border take their gradient base from the weights, others from the chunk that is running.
         first_base = () if grid.at_border is None else _where(grid.at_border, start, given_base or start)
         settings = ChunkSettings(
-            depth=len(start),
+            depth=depth,
+            blocks=2 if past else 1,
             activation=activation,
             loss_scale=loss_scale,
             max_gradient_norm=max_gradient_norm,
@@ -148,18 +156,19 @@ def neural_memory_scan(
             has_anchor=bool(towards),
             reports_error=trace is not None,
         )
-        carry, last_base, reads, errors = _stack(start, past, towards), first_base or start, [], []
+        first_block = tuple(w - m for w, m in zip(start, towards, strict=True)) if towards else start
+        carry, last_base, reads, errors = (*first_block, *past), first_base or start, [], []
         for j, chunk_inputs in enumerate(zip(*(t.unbind(0) for t in inputs), strict=True)):
             if j:
-                last_base = _where(grid.reached(j), _split(carry, start, towards)[0], last_base)
+                last_base = _where(grid.reached(j), _weights(carry[:depth], towards), last_base)
             own_base = first_base if j == 0 else ()
             settings = settings if j == 0 else replace(settings, has_base=False)
             y, *new = Chunk.apply(settings, *chunk_inputs, *carry, *own_base, *towards)
-            carry = tuple(new[: len(start)])
+            carry = tuple(new[: len(carry)])
             reads.append(y)
-            errors += new[len(start) :]
+            errors += new[len(carry) :]
 
-        new_weights, new_momentum = _split(carry, start, towards)
+        new_weights, new_momentum = _weights(carry[:depth], towards), carry[depth:]
         if towards and lengths is not None:  # a row without tokens stays as it is, to the bit
             new_weights = _where(grid.reached(0), new_weights, start)
         last_base = _where(grid.ends_at_border, new_weights, last_base)
@@ -295,33 +304,28 @@ def _to_rows(part: Weights | None, dtype: torch.dtype) -> Weights:
     return tuple(t.to(dtype).flatten(0, 1) for t in part or ())
 
 
-def _stack(weights: Weights, momentum: Weights, anchor: Weights) -> Weights:
-    """Carried blocks of each layer: the weights (minus the anchor), then the momentum."""
-    if anchor:
-        weights = tuple(w - m for w, m in zip(weights, anchor, strict=True))
-    return tuple(torch.cat(pair, 1) for pair in zip(weights, momentum, strict=True)) if momentum else weights
-
-
-def _split(carry: Weights, like: Weights, anchor: Weights) -> tuple[Weights, Weights]:
-    """Undo ``_stack``."""
-    weights = tuple(u[:, : w.shape[1]] for u, w in zip(carry, like, strict=True))
-    momentum = tuple(u[:, w.shape[1] :] for u, w in zip(carry, like, strict=True) if u.shape[1] > w.shape[1])
-    if anchor:
-        weights = tuple(w + m for w, m in zip(weights, anchor, strict=True))
-    return weights, momentum
+def _weights(first_block: Weights, anchor: Weights) -> Weights:
+    """Return the weights that the first carried block stands for."""
+    return tuple(w + m for w, m in zip(first_block, anchor, strict=True)) if anchor else first_block
 
 
 def _coefficients(tables: GateTables, *, has_momentum: bool, read: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn gate tables into what ``Chunk`` takes: (mix, read, write, transition)."""
+    """Turn gate tables of (chunks, R, ...) into what ``Chunk`` takes: (mix, read, write, transition)."""
     rows = slice(1, None) if read == "post" else slice(0, -1)
     mix, beta, f = tables.write[..., rows, :], tables.carry_weights, tables.carry_momentum
-    if not has_momentum:
-        return mix, beta[..., rows, None], tables.write[..., -1, :, None], beta[..., -1, None, None]
-    read_with = torch.stack([beta[..., rows], f[..., rows]], -1)
-    write_with = torch.stack([tables.write[..., -1, :], tables.momentum_write], -1)
-    m = tables.momentum_carry
-    transition = torch.stack([beta[..., -1], f[..., -1], torch.zeros_like(m), m], -1).unflatten(-1, (2, 2))
-    return mix, read_with, write_with, transition
+    read_with, write_with, transition = [beta[..., rows]], [tables.write[..., -1, :]], [beta[..., -1]]
+    if has_momentum:
+        read_with.append(f[..., rows])
+        write_with.append(tables.momentum_write)
+        m = tables.momentum_carry
+        transition += [f[..., -1], torch.zeros_like(m), m]
+    blocks = len(read_with)
+    return (
+        mix,
+        torch.stack(read_with, 1)[..., None],
+        torch.stack(write_with, 1)[..., None],
+        torch.stack(transition, 1).unflatten(1, (blocks, blocks))[..., None, None],
+    )
 
 
 def _check(
@@ -334,6 +338,7 @@ def _check(
     weights: Weights,
     others: dict[str, Weights | None],
     lengths: Tensor | None,
+    position: int | Tensor,
 ) -> None:
     if q.dim() != 4 or q.shape[1] < 1:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (batch, time, heads, key width), time >= 1")
@@ -362,5 +367,9 @@ def _check(
             raise ValueError(
                 f"{name} has shapes {shapes}; they must be those of weights, {[tuple(w.shape) for w in weights]}"
             )
-    if lengths is not None and lengths.shape != (batch,):
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; it must be (batch,) = ({batch},)")
+    for name, numbers in (("lengths", lengths), ("position", position)):
+        if isinstance(numbers, Tensor) and (numbers.shape != (batch,) or numbers.is_floating_point()):
+            raise ValueError(
+                f"{name} has shape {tuple(numbers.shape)} and dtype {numbers.dtype}; "
+                f"it must be (batch,) = ({batch},) integers"
+            )

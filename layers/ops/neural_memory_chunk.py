@@ -8,9 +8,9 @@ each token are ever formed: with ``d_i`` *minus* that error, a read after token 
 
 which is masked attention over the chunk's keys plus a product with what the chunk started from.
 
-Notation: R rows (batch times heads), C tokens, L layers of widths ``d_0 .. d_L``, k carried blocks a layer (1: the
-weights; 2: weights and momentum), stacked as ``carry`` (R, k * d_in, d_out). With an ``anchor`` the first block holds
-the weights *minus* the anchor, which is what forgetting then acts on.
+Notation: R rows (batch times heads), C tokens, L layers of widths ``d_0 .. d_L``, k carried blocks of each layer's
+shape (1: the weights; 2: the weights, then the momentum). With an ``anchor`` the first block holds the weights *minus*
+the anchor, which is what forgetting then acts on.
 
 The backward pass is written out. It runs the products autograd would run, twice those of the forward pass, without
 the copies of sliced and concatenated gradients.
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from memzoo.layers.ops.activations import ACTIVATIONS
 
@@ -33,7 +34,8 @@ class ChunkSettings:
 
     Attributes:
         depth: L, the number of memory layers.
-        activation: Name of the activation between them.
+        blocks: k, the number of carried blocks.
+        activation: Name of the activation between the layers.
         loss_scale: c; the gradient at the output is ``c (M(k) - v)``.
         max_gradient_norm: Largest norm of one token's gradient over all layers, or None.
         has_base: Gradients are taken at weights given apart, not at those carried.
@@ -42,6 +44,7 @@ class ChunkSettings:
     """
 
     depth: int
+    blocks: int
     activation: str
     loss_scale: float
     max_gradient_norm: float | None
@@ -49,10 +52,12 @@ class ChunkSettings:
     has_anchor: bool
     reports_error: bool = False
 
-    def split(self, states: Tensors) -> tuple[Tensors, Tensors, Tensors]:
-        """Part (*carry, *base, *anchor); absent ones are empty."""
-        base_end = self.depth * (1 + self.has_base)
-        return states[: self.depth], states[self.depth : base_end], states[base_end:]
+    def split(self, states: Tensors) -> tuple[list[Tensors], Tensors, Tensors]:
+        """Part (*carry, *base, *anchor) into carry[block][layer], base[layer], anchor[layer]; absent ones are empty."""
+        parts = [states[i : i + self.depth] for i in range(0, len(states), self.depth)]
+        carry, rest = parts[: self.blocks], parts[self.blocks :]
+        base = rest.pop(0) if self.has_base else ()
+        return carry, base, rest.pop(0) if self.has_anchor else ()
 
 
 @dataclass
@@ -67,10 +72,9 @@ class ChunkWork:
         d: Errors at the layers' outputs, clipped if a limit is set, (R, C, d_out).
         a: Inputs of the layers for the queries, (R, C, d_in).
         r: Their outputs before the activation, all layers but the last.
-        read: The queries' inputs scaled for each carried block, (R, C, k * d_in).
-        written: The keys' inputs likewise.
         score: ``a x^T``, (R, C, C).
         mixed: ``score`` times the table.
+        product: ``a`` times each carried block, of the layers that narrow, (R, C, d_out).
         clip: Factor of every token's gradient (R, C, 1), or no entry.
     """
 
@@ -81,10 +85,9 @@ class ChunkWork:
     d: list[Tensor] = field(default_factory=list)
     a: list[Tensor] = field(default_factory=list)
     r: list[Tensor] = field(default_factory=list)
-    read: list[Tensor] = field(default_factory=list)
-    written: list[Tensor] = field(default_factory=list)
     score: list[Tensor] = field(default_factory=list)
     mixed: list[Tensor] = field(default_factory=list)
+    product: list[Tensor] = field(default_factory=list)
     clip: list[Tensor] = field(default_factory=list)
 
     def pack(self) -> tuple[list[int], list[Tensor]]:
@@ -105,10 +108,10 @@ class Chunk(torch.autograd.Function):
     With ``reports_error`` the norms of the errors (R, C) come last.
 
     Shape:
-        q, k: (R, C, d_0). v, y: (R, C, d_L). mix: (R, C, C), the table G of every read. read: (R, C, k), coefficients
-        of the carried blocks in every read. write: (R, C, k), of every token in the new blocks. transition: (R, k, k),
-        of the old blocks (second axis) in the new. carry: (R, k * d_in, d_out) a layer. base, anchor: (R, d_in, d_out)
-        a layer.
+        q, k: (R, C, d_0). v, y: (R, C, d_L). mix: (R, C, C), the table G of every read. read: (k, R, C, 1),
+        coefficients of the carried blocks in every read. write: (k, R, C, 1), of every token in the new blocks.
+        transition: (k, k, R, 1, 1), of the old blocks (second axis) in the new ones; nothing flows from a block to a
+        later one. carry, block by block, base and anchor: (R, d_in, d_out) a layer.
     """
 
     @staticmethod
@@ -125,13 +128,13 @@ class Chunk(torch.autograd.Function):
         return (y, *carry, norm)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        settings: ChunkSettings = ctx.settings
         saved = ctx.saved_tensors
         work = ChunkWork.unpack(ctx.lengths, saved[ctx.given :])
-        return (
-            None,
-            *chunk_backward(ctx.settings, saved[: ctx.given], work, grads[0], grads[1 : 1 + ctx.settings.depth]),
-        )
+        d_new = grads[1 : 1 + settings.blocks * settings.depth]
+        return (None, *chunk_backward(settings, saved[: ctx.given], work, grads[0], d_new))
 
 
 def chunk_forward(
@@ -147,7 +150,7 @@ def chunk_forward(
 ) -> tuple[Tensor, list[Tensor], ChunkWork]:
     """Return the reads, the new carry and what the backward pass needs. Shapes as in ``Chunk``."""
     carry, base, anchor = settings.split(states)
-    weights = _weights(carry, base, anchor, write.shape[2])
+    weights = _weights(carry[0], base, anchor)
     fn = ACTIVATIONS[settings.activation]
     last = settings.depth - 1
     work = ChunkWork(x=[k], a=[q])
@@ -171,19 +174,31 @@ def chunk_forward(
 
     # Queries forward through the weights after each token, which exist only as coefficients.
     out = q
-    for i, u in enumerate(carry):
-        work.score.append(torch.bmm(work.a[i], work.x[i].mT))
+    for i in range(settings.depth):
+        a = work.a[i]
+        work.score.append(torch.bmm(a, work.x[i].mT))
         work.mixed.append(work.score[i] * mix)
-        work.read.append(_scaled(work.a[i], read))
-        out = torch.bmm(work.read[i], u).baddbmm_(work.mixed[i], d[i])
+        out = torch.bmm(work.mixed[i], d[i])
+        for block, coefficient in zip(carry, read, strict=True):
+            if _widens(block[i]):
+                out.baddbmm_(a * coefficient, block[i])
+            else:
+                work.product.append(torch.bmm(a, block[i]))
+                out.addcmul_(work.product[-1], coefficient)
         if anchor:
-            out.baddbmm_(work.a[i], anchor[i])
+            out.baddbmm_(a, anchor[i])
         if i < last:
             work.r.append(out)
             work.a.append(fn.value(out))
 
-    work.written = [_scaled(x, write) for x in work.x]
-    new = [_transitioned(u, transition).baddbmm_(t.mT, d_i) for u, t, d_i in zip(carry, work.written, d, strict=True)]
+    new = []
+    for b, coefficient in enumerate(write):
+        for i in range(settings.depth):
+            m = carry[b][i] * transition[b, b]
+            for later in range(b + 1, settings.blocks):
+                m.addcmul_(carry[later][i], transition[b, later])
+            x, d_i = (work.x[i] * coefficient, d[i]) if _widens(m) else (work.x[i], d[i] * coefficient)
+            new.append(m.baddbmm_(x.mT, d_i))
     return out, new, work
 
 
@@ -191,52 +206,74 @@ def chunk_backward(
     settings: ChunkSettings, inputs: Tensors, work: ChunkWork, d_y: Tensor, d_new: Tensors
 ) -> list[Tensor]:
     """Return the gradients of all inputs of ``chunk_forward`` after ``settings``, in their order."""
-    mix, read, write, transition, *states = inputs[3:]
-    carry, base, anchor = settings.split(tuple(states))
-    weights = _weights(carry, base, anchor, write.shape[2])
+    mix, read, write, transition = inputs[3:7]
+    carry, base, anchor = settings.split(inputs[7:])
+    weights = _weights(carry[0], base, anchor)
     fn = ACTIVATIONS[settings.activation]
-    x, d, a = work.x, work.d, work.a
+    x, d = work.x, work.d
     last = settings.depth - 1
 
-    # The new carry: transitioned carry + written^T d.
+    # The new carry: transition carry + x^T diag(write) d.
     d_write, d_transition = torch.zeros_like(write), torch.zeros_like(transition)
-    d_carry, d_d, d_x = [], [], []
-    for i, u in enumerate(carry):
-        d_carry.append(_transitioned(d_new[i], transition.mT))
-        d_transition.baddbmm_(_flat_blocks(d_new[i], transition), _flat_blocks(u, transition).mT)
-        d_d.append(torch.bmm(work.written[i], d_new[i]))
-        d_x.append(_scaled_backward(torch.bmm(d[i], d_new[i].mT), x[i], write, d_write))
+    d_blocks = [d_new[i : i + settings.depth] for i in range(0, len(d_new), settings.depth)]
+    d_carry = _transition_backward(transition, carry, d_blocks, d_transition)
+    d_x = [torch.zeros_like(x_i) for x_i in x]
+    d_d = [torch.zeros_like(d_i) for d_i in d]
+    for d_block, coefficient, d_coefficient in zip(d_blocks, write, d_write, strict=True):
+        for i, d_m in enumerate(d_block):
+            if _widens(d_m):
+                product = torch.bmm(d[i], d_m.mT)
+                d_coefficient += _row_dot(product, x[i])
+                d_x[i].addcmul_(product, coefficient)
+                d_d[i].baddbmm_(x[i] * coefficient, d_m)
+            else:
+                product = torch.bmm(x[i], d_m)
+                d_coefficient += _row_dot(product, d[i])
+                d_d[i].addcmul_(product, coefficient)
+                d_x[i].baddbmm_(d[i] * coefficient, d_m.mT)
 
-    # The reads, last layer first: out = read carry + mixed d + a anchor.
+    # The reads, last layer first: out = diag(read) a carry + mixed d + a anchor.
     d_read, d_mix = torch.zeros_like(read), torch.zeros_like(mix)
     d_anchor = [torch.zeros_like(m) for m in anchor]
     d_out = d_y
+    products = list(work.product)
     for i in range(last, -1, -1):
-        d_carry[i].baddbmm_(work.read[i].mT, d_out)
-        d_a = _scaled_backward(torch.bmm(d_out, carry[i].mT), a[i], read, d_read)
+        a = work.a[i]
         d_mixed = torch.bmm(d_out, d[i].mT)
         d_d[i].baddbmm_(work.mixed[i].mT, d_out)
         d_mix.addcmul_(d_mixed, work.score[i])
         d_score = d_mixed.mul_(mix)
-        d_a.baddbmm_(d_score, x[i])
-        d_x[i].baddbmm_(d_score.mT, a[i])
+        d_a = torch.bmm(d_score, x[i])
+        d_x[i].baddbmm_(d_score.mT, a)
+        for b in range(settings.blocks - 1, -1, -1):
+            m, d_m = carry[b][i], d_carry[b][i]
+            if _widens(m):
+                product = torch.bmm(d_out, m.mT)
+                d_read[b] += _row_dot(product, a)
+                d_a.addcmul_(product, read[b])
+                d_m.baddbmm_((a * read[b]).mT, d_out)
+            else:
+                d_read[b] += _row_dot(products.pop(), d_out)
+                scaled = d_out * read[b]
+                d_a.baddbmm_(scaled, m.mT)
+                d_m.baddbmm_(a.mT, scaled)
         if anchor:
             d_a.baddbmm_(d_out, anchor[i].mT)
-            d_anchor[i].baddbmm_(a[i].mT, d_out)
+            d_anchor[i].baddbmm_(a.mT, d_out)
         d_out = fn.times_first(d_a, work.r[i - 1]) if i else d_a
     d_q = d_out
 
     if work.clip:
         d = _clip_backward(x, d, work.clip[0], d_x, d_d)
 
-    # The errors, first layer first: e = d_next w_next^T, d = e * act'.
-    d_weights = [torch.empty(0)] * settings.depth
+    # The errors, first layer first: e = d_next w_next^T, d = e * act'. Carried weights take their gradients at once.
+    d_weights = [torch.zeros_like(w) for w in weights] if base or anchor else d_carry[0]
     d_z = []
     for i in range(last):
         d_e = d_d[i] * work.first[i]
         d_z.append(d_d[i].mul_(work.e[i]).mul_(work.second[i]))
         d_d[i + 1].baddbmm_(d_e, weights[i + 1])
-        d_weights[i + 1] = torch.bmm(d_e.mT, d[i + 1])
+        d_weights[i + 1].baddbmm_(d_e.mT, d[i + 1])
     d_v = d_d[last]
     if settings.loss_scale != 1:
         d_v.mul_(settings.loss_scale)
@@ -245,53 +282,48 @@ def chunk_backward(
     # The keys, last layer first: z = x w, x_next = act(z).
     for i in range(last, -1, -1):
         d_x[i].baddbmm_(d_z[i], weights[i].mT)
+        d_weights[i].baddbmm_(x[i].mT, d_z[i])
         if i:
-            d_weights[i].baddbmm_(x[i].mT, d_z[i])
             d_z[i - 1].addcmul_(d_x[i], work.first[i - 1])
-        else:
-            d_weights[0] = torch.bmm(x[0].mT, d_z[0])
 
-    if not base:  # the weights were the first carried block, plus the anchor
-        for d_u, d_w in zip(d_carry, d_weights, strict=True):
-            d_u[:, : d_w.shape[1]] += d_w
-        for d_m, d_w in zip(d_anchor, d_weights, strict=False):
+    if anchor and not base:  # the weights were the first carried block plus the anchor
+        for d_m, d_u, d_w in zip(d_anchor, d_carry[0], d_weights, strict=True):
             d_m += d_w
-    return [d_q, d_x[0], d_v, d_mix, d_read, d_write, d_transition, *d_carry, *(d_weights if base else ()), *d_anchor]
+            d_u += d_w
+    d_states = [t for block in d_carry for t in block] + (d_weights if base else []) + d_anchor
+    return [d_q, d_x[0], d_v, d_mix, d_read, d_write, d_transition, *d_states]
 
 
-def _weights(carry: Tensors, base: Tensors, anchor: Tensors, blocks: int) -> Tensors:
+def _transition_backward(
+    transition: Tensor, carry: list[Tensors], d_blocks: list[Tensors], d_transition: Tensor
+) -> list[list[Tensor]]:
+    """Return the gradients of the carried blocks through ``transition``; add its own in place."""
+    d_carry: list[list[Tensor]] = []
+    for old, block in enumerate(carry):
+        d_carry.append([d_m * transition[old, old] for d_m in d_blocks[old]])
+        for new in range(old + 1):
+            for i, m in enumerate(block):
+                d_transition[new, old] += (d_blocks[new][i] * m).sum((1, 2), keepdim=True)
+                if new < old:
+                    d_carry[old][i].addcmul_(d_blocks[new][i], transition[new, old])
+    return d_carry
+
+
+def _weights(carried: Tensors, base: Tensors, anchor: Tensors) -> Tensors:
     """Return the weights at which the chunk's gradients are taken."""
     if base:
         return base
-    own = tuple(u[:, : u.shape[1] // blocks] for u in carry)
-    return tuple(w + m for w, m in zip(own, anchor, strict=True)) if anchor else own
+    return tuple(w + m for w, m in zip(carried, anchor, strict=True)) if anchor else carried
 
 
-def _scaled(x: Tensor, coefficients: Tensor) -> Tensor:
-    """(R, C, d) and (R, C, k) -> (R, C, k * d): a copy of every row for each carried block, scaled."""
-    copies: Tensor = x.unsqueeze(2) * coefficients.unsqueeze(3)
-    return copies.flatten(2)
+def _widens(m: Tensor) -> bool:
+    """Whether a layer's output is at least as wide as its input: rows are scaled on the narrow side."""
+    return m.shape[1] <= m.shape[2]
 
 
-def _scaled_backward(d_scaled: Tensor, x: Tensor, coefficients: Tensor, d_coefficients: Tensor) -> Tensor:
-    """Return the gradient of ``x``, having added that of the coefficients in place."""
-    copies: Tensor = d_scaled.unflatten(2, (coefficients.shape[2], -1))
-    d_coefficients += (copies * x.unsqueeze(2)).sum(-1)
-    d_x = copies[:, :, 0] * coefficients[:, :, :1]
-    for i in range(1, coefficients.shape[2]):
-        d_x.addcmul_(copies[:, :, i], coefficients[:, :, i : i + 1])
-    return d_x
-
-
-def _flat_blocks(u: Tensor, transition: Tensor) -> Tensor:
-    """(R, k * d_in, d_out) -> (R, k, d_in * d_out)."""
-    blocks: Tensor = u.unflatten(1, (transition.shape[1], -1))
-    return blocks.flatten(2)
-
-
-def _transitioned(u: Tensor, transition: Tensor) -> Tensor:
-    """Mix the carried blocks: (R, k, k) on (R, k * d_in, d_out)."""
-    return torch.bmm(transition, _flat_blocks(u, transition)).view_as(u)
+def _row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """(R, C, d) twice -> (R, C, 1)."""
+    return (x * y).sum(-1, keepdim=True)
 
 
 def _squared_norms(x: list[Tensor], d: list[Tensor]) -> Tensor:

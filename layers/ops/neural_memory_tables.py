@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class _TableRecurrence(torch.autograd.Function):
         return weights, momentum[size].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         eta, keep, apply, momentum, weights = ctx.saved_tensors
         size = eta.shape[0]

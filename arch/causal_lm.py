@@ -1,0 +1,275 @@
+"""CausalLM: a language model of any blocks, that reads, steps and generates."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from memzoo.arch.block import Block
+from memzoo.arch.generation import check_prompt_mask, generate
+from memzoo.layers.errors import check_positive, check_tokens
+from memzoo.layers.norm import RMSNorm
+from memzoo.layers.state import MixerState, State
+from memzoo.layers.trace import Trace
+
+INITIAL_STD = 0.02
+RESIDUAL_OUTPUTS = ("out", "down")  # what layers call the nn.Linear that writes to the residual stream
+
+
+@dataclass(frozen=True)
+class CausalLMState(State):
+    """What a CausalLM carries: blocks, one mixer state each."""
+
+    blocks: tuple[MixerState, ...]
+
+
+class CausalLM(nn.Module):
+    """Language model: embedding, blocks, norm, head.
+
+    ``logits, state = model(tokens, state=None, *, mask=None, doc_ids=None, trace=None, donate=False)``
+
+    Weights start as in GPT-2. Embedding, head and plain projections (every ``nn.Linear`` without a bias) are drawn with
+    a standard deviation of 0.02, over ``sqrt(number of residual branches)`` where they write to the residual stream
+    (layers call that one ``out`` or ``down``). All else, such as gates (``nn.Linear`` with a bias), convolutions and a
+    memory's initial weights, stays as its layer drew it. Load trained weights after composing, not before.
+
+    Args:
+        vocab_size: Number of token ids.
+        dim: Width of the residual stream.
+        blocks: The blocks, of that width, in order. Any mix.
+        tie_embeddings: Read the logits with the embedding matrix.
+        checkpoint_blocks: Keep only each block's input for the backward pass and compute the rest again: less memory,
+            more time, equal gradients.
+
+    Attributes:
+        name: Name in the registry; None for a model built otherwise.
+        config: Constructor arguments of a named architecture; empty for a model composed by hand.
+
+    Shape:
+        tokens: (batch, time) integers, time >= 1. mask, doc_ids: (batch, time). Returns logits (batch, time,
+        vocab_size) and the state.
+
+    Raises:
+        ValueError: No block, or one of another width.
+
+    Example:
+        >>> import torch
+        >>> from memzoo.arch import Block, CausalLM
+        >>> from memzoo.layers import NeuralMemory, SlidingWindowAttention, SwiGLU
+        >>> mixers = [NeuralMemory(64, num_heads=1), SlidingWindowAttention(64, window=16, num_heads=1)]
+        >>> model = CausalLM(256, 64, [Block(mixer, SwiGLU(64)) for mixer in mixers])
+        >>> logits, state = model(torch.randint(256, (2, 10)))
+        >>> logits.shape
+        torch.Size([2, 10, 256])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        blocks: Iterable[Block],
+        *,
+        tie_embeddings: bool = True,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive("vocab_size", vocab_size)
+        check_positive("dim", dim)
+        self.name: str | None = None
+        self.config: dict[str, Any] = {}
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.checkpoint_blocks = checkpoint_blocks
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = RMSNorm(dim)
+        self.head = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
+        self._check_blocks()
+        self._draw_weights()
+
+    def _check_blocks(self) -> None:
+        if not self.blocks:
+            raise ValueError("blocks=[] makes no model; pass at least one Block(mixer, ffn)")
+        for index, block in enumerate(self.blocks):
+            if not isinstance(block, Block):
+                raise ValueError(f"blocks[{index}] is a {type(block).__name__}; wrap it: Block(mixer, ffn)")
+            if block.dim != self.dim:
+                raise ValueError(f"blocks[{index}] has width {block.dim}, the model dim={self.dim}; make them equal")
+
+    def _draw_weights(self) -> None:
+        blocks = cast(Iterable[Block], self.blocks)
+        branches = [layer for block in blocks for layer in (block.mixer, block.ffn) if layer is not None]
+        outputs = [getattr(layer, name, None) for layer in branches for name in RESIDUAL_OUTPUTS]
+        nn.init.normal_(self.embedding.weight, std=INITIAL_STD)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is None:
+                writes = any(module is output for output in outputs)
+                nn.init.normal_(module.weight, std=INITIAL_STD * (len(branches) ** -0.5 if writes else 1.0))
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> CausalLMState:
+        """Return the state of ``batch_size`` fresh rows; ``state=None`` stands for it."""
+        blocks = cast(Iterable[Block], self.blocks)
+        return CausalLMState(tuple(block.initial_state(batch_size, device=device, dtype=dtype) for block in blocks))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: CausalLMState | None = None,
+        *,
+        mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        trace: Trace | None = None,
+        donate: bool = False,
+    ) -> tuple[Tensor, CausalLMState]:
+        """Read a piece of every row's text; the arguments are those of ``SequenceMixer.forward``.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, a token id is outside the vocabulary, or ``state`` is not of this
+                model.
+        """
+        features, state = self.forward_features(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
+        return self.forward_head(features), state
+
+    def forward_features(
+        self,
+        tokens: Tensor,
+        state: CausalLMState | None = None,
+        *,
+        mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        trace: Trace | None = None,
+        donate: bool = False,
+    ) -> tuple[Tensor, CausalLMState]:
+        """Return what the head reads, (batch, time, dim), and the state."""
+        check_tokens("tokens", tokens, self.vocab_size)
+        x = self.embedding(tokens.long())
+        states = self._block_states(state)
+        ends: list[MixerState] = []
+        for index, (block, start) in enumerate(zip(self.blocks, states, strict=True)):
+            scope = None if trace is None else trace.scope(f"blocks.{index}")
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x, end = _checkpointed(block, x, start, mask, doc_ids, scope)
+            else:
+                x, end = block(x, start, mask=mask, doc_ids=doc_ids, trace=scope, donate=donate)
+            ends.append(end)
+        return self.norm(x), CausalLMState(tuple(ends))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Return the logits of features, (..., dim) -> (..., vocab_size)."""
+        return F.linear(features, self.embedding.weight if self.head is None else self.head.weight)
+
+    def prefill(
+        self,
+        tokens: Tensor,
+        state: CausalLMState | None = None,
+        *,
+        mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        trace: Trace | None = None,
+        donate: bool = False,
+    ) -> tuple[Tensor, CausalLMState]:
+        """Read a prompt; only the logits after each row's last real token are computed.
+
+        Returns:
+            Logits (batch, vocab_size) and the state.
+
+        Raises:
+            ValueError: As ``forward``, or a row of ``mask`` has no real token.
+        """
+        check_prompt_mask(mask, tokens)
+        features, state = self.forward_features(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
+        if mask is None:
+            return self.forward_head(features[:, -1]), state
+        time = torch.arange(tokens.shape[1], device=tokens.device)
+        last = torch.where(mask, time, 0).amax(1)
+        return self.forward_head(features[torch.arange(len(last), device=last.device), last]), state
+
+    def step(
+        self,
+        token: Tensor,
+        state: CausalLMState | None = None,
+        *,
+        trace: Trace | None = None,
+        donate: bool = False,
+    ) -> tuple[Tensor, CausalLMState]:
+        """Read one token a row, (batch,); return logits (batch, vocab_size) and the state.
+
+        Raises:
+            ValueError: As ``forward``.
+        """
+        if token.dim() != 1:
+            raise ValueError(f"token has shape {tuple(token.shape)}; step reads one a row, (batch,): use prefill")
+        return self.prefill(token[:, None], state, trace=trace, donate=donate)
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | Iterable[int] | None = None,
+        generator: torch.Generator | None = None,
+        state: CausalLMState | None = None,
+        mask: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue a prompt, yielding one token a row at a time; see ``memzoo.arch.generation.generate``."""
+        return generate(
+            self,
+            tokens,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop,
+            generator=generator,
+            state=state,
+            mask=mask,
+        )
+
+    def _block_states(self, state: CausalLMState | None) -> tuple[MixerState | None, ...]:
+        if state is None:
+            return (None,) * len(self.blocks)
+        if not isinstance(state, CausalLMState):
+            raise ValueError(f"state is a {type(state).__name__}; pass what this model returned, or None")
+        if len(state.blocks) != len(self.blocks):
+            raise ValueError(
+                f"state is of {len(state.blocks)} blocks, the model has {len(self.blocks)}; "
+                f"pass what this model returned, or None"
+            )
+        return state.blocks
+
+
+def _checkpointed(
+    block: nn.Module,
+    x: Tensor,
+    state: MixerState | None,
+    mask: Tensor | None,
+    doc_ids: Tensor | None,
+    trace: Trace | None,
+) -> tuple[Tensor, MixerState]:
+    """Run a block so that the backward pass computes it again; it reports once, and its state is never donated."""
+
+    def run(x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState, Trace | None]:
+        own = None if trace is None else Trace()
+        y, end = block(x, state, mask=mask, doc_ids=doc_ids, trace=own)
+        return y, end, own
+
+    y, end, own = checkpoint(run, x, state, use_reentrant=False)
+    if trace is not None and own is not None:
+        for name, loss in own.losses.items():
+            trace.loss(name, loss)
+        for name, signal in own.signals.items():
+            trace.signal(name, signal)
+    return y, end

@@ -1,0 +1,51 @@
+"""SwiGLU: the gated feed-forward of today's language models, the plain occupant of the channel slot."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memzoo.layers.errors import check_positive, check_width
+from memzoo.layers.registry import register_layer
+from memzoo.layers.trace import Trace
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward: ``y = W_down (silu(W_gate x) * W_up x)``.
+
+    Args:
+        dim: Width of the residual stream.
+        hidden_dim: Width of the gate. By default ``8/3 * dim`` rounded up to ``multiple_of``, which makes the three
+            matrices as large as the two of a plain feed-forward with expansion 4.
+        multiple_of: Of what the default ``hidden_dim`` is a multiple.
+
+    Shape:
+        x: (batch, time, dim). Returns the same.
+
+    Raises:
+        ValueError: A width is not a whole number >= 1, or ``x`` does not fit.
+
+    Reference:
+        Shazeer, arXiv 2002.05202, equation 6.
+    """
+
+    def __init__(self, dim: int, *, hidden_dim: int | None = None, multiple_of: int = 64) -> None:
+        super().__init__()
+        check_positive("dim", dim)
+        check_positive("multiple_of", multiple_of)
+        if hidden_dim is None:
+            hidden_dim = -(-8 * dim // (3 * multiple_of)) * multiple_of
+        check_positive("hidden_dim", hidden_dim)
+        self.dim = dim
+        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, *, trace: Trace | None = None) -> Tensor:
+        """Transform every token by itself; nothing is reported to ``trace``."""
+        check_width("x", x, self.dim)
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+@register_layer("swiglu", "channel")
+def _build(dim: int, **overrides: int) -> SwiGLU:
+    return SwiGLU(dim, **dict(multiple_of=8) | overrides)

@@ -1,0 +1,50 @@
+"""Rotary position embedding: positions as rotations, so that a product of query and key sees only their distance."""
+
+import torch
+from torch import Tensor, nn
+
+from memzoo.layers.errors import check_divisible
+
+
+class Rotary(nn.Module):
+    """Rotate the pairs ``(x_i, x_{i + head_dim / 2})`` by ``position * base^(-2i / head_dim)``.
+
+    Holds no parameter, buffer or cache: the angles are computed at every call, in float64 where the device has it, so
+    that far positions stay exact and no cast of the module can round them.
+
+    Args:
+        head_dim: Width of a head, even.
+        base: Wavelengths run from ``2 pi`` to ``2 pi base`` tokens.
+
+    Shape:
+        x: (batch, time, heads, head_dim). positions: (batch, time), or (time,) for all rows. Returns the shape of x.
+
+    Raises:
+        ValueError: ``head_dim`` is odd, or ``base`` is not positive.
+
+    Reference:
+        Su et al., arXiv 2104.09864, equation 34, in the half-split layout of Llama.
+    """
+
+    def __init__(self, head_dim: int, *, base: float = 10000.0) -> None:
+        super().__init__()
+        check_divisible("head_dim", head_dim, "the two halves that rotate", 2)
+        if not base > 0:
+            raise ValueError(f"base={base!r} is not positive; use base > 0 (10000.0 is usual, more for long contexts)")
+        self.head_dim = head_dim
+        self.base = base
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate every head of ``x`` to its position."""
+        exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        pair = torch.arange(self.head_dim // 2, dtype=exact, device=x.device)
+        frequency = self.base ** (pair * (-2 / self.head_dim))
+        angle = positions.to(exact)[..., None, None] * frequency  # (batch or none, time, 1, head_dim / 2)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        first, second = x.to(wide).chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Width and base."""
+        return f"{self.head_dim}, base={self.base}"

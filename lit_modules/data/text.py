@@ -1,0 +1,230 @@
+"""TextData: text files as packed rows of tokens, for Lightning or a plain loop."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from memzoo.layers.errors import check_positive
+from memzoo.lit_modules.data.corpus import find_text_files
+from memzoo.lit_modules.data.rows import PackedRows, ResumableLoader, RowSampler, Span, all_spans, split_documents
+from memzoo.lit_modules.data.shards import TokenCache, prepare_cache
+from memzoo.lit_modules.data.tokenizer import load_tokenizer
+
+PathLike = str | os.PathLike[str]
+
+
+class TextData(pl.LightningDataModule):
+    """Text files, tokenised once into memory-mapped shards and packed into rows.
+
+    Without arguments: the sources of the running Python's standard library, as bytes; real text on every machine.
+
+    Each file is a document. Documents are concatenated and cut into rows of ``sequence_length + 1`` tokens that overlap
+    by one, so that every token is a target once; what is left out is the tail of each split, less than a row. Training
+    documents follow each other in an order shuffled by ``seed``, and rows are shuffled again every epoch, unless
+    ``contiguous``. Validation rows, which also serve testing and prediction, keep the order of the file names.
+
+    Args:
+        paths: Files, folders, and glob patterns (``**`` crosses folders), one or several. A folder stands for all files
+            below it, hidden ones left out. None: the standard library's sources, without its tests and tables.
+        tokenizer: ``bytes``, or the path of a ``tokenizer.json`` of the `tokenizers` library.
+        sequence_length: Inputs, and targets, in a row.
+        batch_size: Rows in a batch of one device.
+        validation_fraction: Share of the documents to hold out, chosen by a hash of their contents; where there are too
+            few documents for that, the last part of the text.
+        validation_paths: Text to validate on instead, given like ``paths``; nothing is then held out from ``paths``.
+        suffixes: File name endings to take from folders, such as ``.md``; None takes all files.
+        pack_documents: Add ``doc_ids``, so that documents that share a row do not see each other.
+        contiguous: Row ``i`` of a batch continues row ``i`` of the batch before, for states carried over batches; no
+            shuffling then, and fewer than ``batch_size`` rows of a split are left out on each device. The streams begin
+            afresh with every epoch.
+        cache_dir: Where shards are kept; by default ``text`` in ``$MEMZOO_CACHE``, or else in ``~/.cache/memzoo``.
+        num_workers: Worker processes of each loader; 0 loads in the main process.
+        seed: Of the order of documents and rows. It does not change the split.
+
+    Shape:
+        A batch is a dict of ``tokens`` (batch, sequence_length + 1) int64 and, with ``pack_documents``, ``doc_ids`` of
+        the same shape and type, the number of each token's document. Inputs are ``tokens[:, :-1]``, targets
+        ``tokens[:, 1:]``. The last batch of an epoch may have fewer rows.
+
+    Raises:
+        ValueError: An argument is out of range or the tokenizer cannot be read; from ``prepare_data`` and ``setup``:
+            files are missing, not text or too short, or the cache cannot be written or is corrupt.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[PathLike] | PathLike | None = None,
+        *,
+        tokenizer: PathLike = "bytes",
+        sequence_length: int = 1024,
+        batch_size: int = 8,
+        validation_fraction: float = 0.05,
+        validation_paths: Sequence[PathLike] | PathLike | None = None,
+        suffixes: Sequence[str] | str | None = None,
+        pack_documents: bool = True,
+        contiguous: bool = False,
+        cache_dir: PathLike | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_positive("sequence_length", sequence_length)
+        check_positive("batch_size", batch_size)
+        if not 0 < validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction={validation_fraction} is not between 0 and 1, both excluded; use 0.05, or name "
+                f"files in validation_paths"
+            )
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} is negative; use 0 to load in the main process")
+        # Plain strings and lists from here on: checkpoints carry the arguments, and load without unpickling classes.
+        paths, validation_paths, suffixes = _as_list(paths), _as_list(validation_paths), _as_list(suffixes)
+        tokenizer, cache_dir = os.fspath(tokenizer), None if cache_dir is None else os.fspath(cache_dir)
+        self.save_hyperparameters(logger=False)
+        self.paths = paths
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.validation_fraction = validation_fraction
+        self.validation_paths = validation_paths
+        self.suffixes = suffixes
+        self.pack_documents = pack_documents
+        self.contiguous = contiguous
+        self.cache_dir = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.num_workers = num_workers
+        self.seed = seed
+        self._keys: list[str] = []  # the caches' names: of paths, and of validation_paths if given
+        self._rows: tuple[PackedRows, PackedRows] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the embedding that the tokens need."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes in a validation token on average: bits per byte are ``nats / (log(2) * bytes_per_token)``."""
+        return self.validation_rows.bytes_per_token
+
+    @property
+    def training_rows(self) -> PackedRows:
+        """The training split, in the order of its documents."""
+        return self._split()[0]
+
+    @property
+    def validation_rows(self) -> PackedRows:
+        """The validation split."""
+        return self._split()[1]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids."""
+        return self.tokenizer.decode(ids)
+
+    def prepare_data(self) -> None:
+        """Find the files and tokenise them, unless the cache holds exactly these already. Runs on one process."""
+        files = find_text_files(self.paths, self.suffixes)
+        keys = [prepare_cache(self.cache_dir, files, self.tokenizer)]
+        if self.validation_paths is not None:
+            files = find_text_files(self.validation_paths, self.suffixes, argument="validation_paths")
+            keys.append(prepare_cache(self.cache_dir, files, self.tokenizer))
+        self._use(keys)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Map the shards and split them. Runs on every process; the others learn from the first what it prepared."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            self._use(self.trainer.strategy.broadcast(self._keys))
+        if not self._keys:  # without a trainer
+            self.prepare_data()
+        if self._rows is None:
+            self._rows = self._open()
+            for name, rows in zip(("training", "validation"), self._rows, strict=True):
+                rank_zero_info(f"TextData: {rows.num_tokens:,} {name} tokens in {len(rows):,} rows")
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the loader of the training rows. In a plain loop, call ``loader.sampler.set_epoch(epoch)``."""
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return DataLoader(self.training_rows, **self._loader_options())
+        return ResumableLoader(self.training_rows, **self._loader_options(self._sampler(self.training_rows)))
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the loader of the validation rows, in order."""
+        if not self.contiguous:
+            return DataLoader(self.validation_rows, **self._loader_options())
+        return DataLoader(self.validation_rows, **self._loader_options(self._sampler(self.validation_rows)))
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the loader of the validation rows."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the loader of the validation rows."""
+        return self.val_dataloader()
+
+    def _use(self, keys: list[str]) -> None:
+        if keys != self._keys:
+            self._keys, self._rows = keys, None
+
+    def _split(self) -> tuple[PackedRows, PackedRows]:
+        if self._rows is None:
+            self.setup()
+        assert self._rows is not None
+        return self._rows
+
+    def _open(self) -> tuple[PackedRows, PackedRows]:
+        caches = [TokenCache(self.cache_dir / key) for key in self._keys]
+        training_cache, validation_cache = caches[0], caches[-1]
+        if self.validation_paths is None:
+            least = self.sequence_length + 1
+            training, validation = split_documents(training_cache.documents, self.validation_fraction, least)
+        else:
+            training, validation = all_spans(training_cache.documents), all_spans(validation_cache.documents)
+        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(self.seed))
+        shuffled = [training[i] for i in order.tolist()]
+        return self._pack("training", training_cache, shuffled), self._pack("validation", validation_cache, validation)
+
+    def _pack(self, split: str, cache: TokenCache, spans: list[Span]) -> PackedRows:
+        held, least = sum(span.stop - span.start for span in spans), self.sequence_length + 1
+        if held < least:
+            total = sum(document.tokens for document in cache.documents)
+            raise ValueError(
+                f"sequence_length={self.sequence_length} needs {least} tokens in the {split} split, which holds {held} "
+                f"of {total}; lower sequence_length, or pass more text"
+            )
+        return PackedRows(cache, spans, self.sequence_length, with_documents=self.pack_documents)
+
+    def _sampler(self, rows: PackedRows) -> RowSampler:
+        share = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        return RowSampler(rows, self.batch_size, contiguous=self.contiguous, seed=self.seed, **share)
+
+    def _loader_options(self, sampler: RowSampler | None = None) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size if sampler is None else sampler.batch_size,
+            "sampler": sampler,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+
+def _as_list(value: Sequence[PathLike] | PathLike | None) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str | os.PathLike):
+        return [os.fspath(value)]
+    return [os.fspath(item) for item in value]
+
+
+def _default_cache_dir() -> Path:
+    root = os.environ.get("MEMZOO_CACHE")
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "memzoo") / "text"

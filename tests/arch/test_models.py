@@ -1,0 +1,192 @@
+"""The named models: sizes, options that arrive, states, and state-dict keys that do not move.
+
+The golden files change only on purpose: ``python tests/arch/test_models.py`` writes them again.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memzoo.arch import TitansLMM, Transformer, create_model, list_models, part_sizes, titans, transformer
+from memzoo.layers.attention import SlidingWindowAttention
+from memzoo.layers.neural_memory import NeuralMemory
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = list_models("*_tiny")
+SIZES = {  # vocab_size, dim, depth, hidden width of the feed-forward
+    "170m": (32000, 768, 12, 2048),
+    "340m": (32000, 1024, 24, 2752),
+    "760m": (32000, 1536, 24, 4096),
+}
+PARAMETERS = {
+    "transformer_tiny": 1_082_496,
+    "transformer_170m": 109_529_856,
+    "transformer_340m": 336_380_928,
+    "transformer_760m": 728_704_512,
+    "titans_lmm_tiny": 1_092_248,
+    "titans_lmm_170m": 119_419_056,
+    "titans_lmm_340m": 369_338_496,
+    "titans_lmm_760m": 797_899_968,
+}
+
+
+def transformer_parameters(vocab_size: int, dim: int, depth: int, hidden: int) -> int:
+    attention = 4 * dim**2
+    return vocab_size * dim + depth * (attention + 3 * dim * hidden + 2 * dim) + dim
+
+
+def titans_parameters(vocab_size: int, dim: int, depth: int, hidden: int) -> int:
+    heads = dim // 64
+    projections = 5 * dim**2  # queries, keys, values, output gate, output
+    convolution = 3 * dim * 4
+    gates = 3 * heads * (dim + 1)
+    initial_weights = heads * (64 * 128 + 128 * 64)
+    memory = projections + convolution + gates + initial_weights + dim  # and the output's norm
+    return vocab_size * dim + depth * (memory + 3 * dim * hidden + 2 * dim) + dim
+
+
+def meta(name: str, **overrides: Any) -> Any:
+    with torch.device("meta"):
+        return create_model(name, **overrides)
+
+
+@pytest.mark.parametrize("size", ["tiny", *SIZES])
+def test_sizes_are_the_announced_ones(size: str) -> None:
+    for family, formula in (("transformer", transformer_parameters), ("titans_lmm", titans_parameters)):
+        name = f"{family}_{size}"
+        shape = SIZES.get(size, (256, 128, 4, 512 if family == "transformer" else 384))
+        model = meta(name)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert model.num_parameters() == formula(*shape) == PARAMETERS[name], name
+
+
+def test_the_tiny_models_are_of_equal_size() -> None:
+    sizes = [meta(name).num_parameters() for name in TINY]
+    assert max(sizes) / min(sizes) < 1.02
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_parts_of_a_model_add_up(name: str) -> None:
+    model = meta(name)
+    sizes = part_sizes(model)
+    assert sum(size.parameters for size in sizes) == model.num_parameters()
+    assert sum(size.state_bytes for size in sizes) == model.initial_state(1).nbytes
+    assert [(size.part, size.count) for size in sizes if size.part in ("Embedding", "SwiGLU", "RMSNorm")] == [
+        ("Embedding", 1),
+        ("RMSNorm", 2 * len(model.blocks) + 1),
+        ("SwiGLU", len(model.blocks)),
+    ]
+
+
+def test_the_parts_of_an_untied_model_include_its_head() -> None:
+    sizes = part_sizes(meta("transformer_tiny", tie_embeddings=False))
+    assert [(size.part, size.parameters) for size in sizes if size.part in ("Embedding", "Linear")] == [
+        ("Embedding", 256 * 128),
+        ("Linear", 256 * 128),
+    ]
+
+
+def test_parts_measure_the_state_they_are_given() -> None:
+    model = create_model("transformer_tiny", depth=1)
+    _, state = model(torch.zeros(2, 10, dtype=torch.long))
+    keys_and_values = 2 * 10 * 128 * 4
+    (attention,) = [size for size in part_sizes(model, state) if size.part == "Attention"]
+    assert keys_and_values <= attention.state_bytes <= 2 * keys_and_values
+
+
+@pytest.mark.parametrize("name", ["titans_lmm_tiny", "titans_lmm_340m"])
+def test_a_titans_state_is_three_copies_of_the_memory_and_the_convolution_s_tail(name: str) -> None:
+    model = meta(name)
+    floats = model.dim // 64 * (64 * 128 + 128 * 64) * 3 + 3 * 3 * model.dim
+    counters = 2 * 8
+    assert model.initial_state(5).nbytes == 5 * len(model.blocks) * (4 * floats + counters)
+
+
+def test_every_option_of_the_memory_is_an_option_of_the_model_with_its_default() -> None:
+    layer, model = (inspect.signature(cls).parameters for cls in (NeuralMemory, TitansLMM))
+    for name in layer.keys() - {"dim"}:
+        assert model[name].default == layer[name].default, name
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "layer", "given"),
+    [
+        (
+            "titans_lmm_tiny",
+            titans,
+            "NeuralMemory",
+            {
+                "num_heads": 8, "head_dim": 16, "memory_depth": 3, "memory_expansion": 4.0, "chunk_size": 16,
+                "activation": "gelu", "momentum": False, "forgetting": False, "conv_width": None,
+                "max_learning_rate": 0.5, "loss_scale": 2.0, "read": "pre", "output_gate": False,
+                "output_norm": False, "decay_to_init": True, "max_gradient_norm": 1.0, "backend": "torch",
+            },
+        ),
+        (
+            "transformer_tiny",
+            transformer,
+            "SlidingWindowAttention",
+            {
+                "num_heads": 8, "head_dim": 16, "num_kv_heads": 2, "window": 7, "rotary_base": None, "qk_norm": True,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_options_arrive_at_the_layers(
+    name: str, module: Any, layer: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def build(dim: int, **options: Any) -> NeuralMemory:
+        calls.append({"dim": dim, **options})
+        return NeuralMemory(dim)
+
+    monkeypatch.setattr(module, layer, build)
+    model = create_model(name, depth=2, hidden_dim=24, checkpoint_blocks=True, **given)
+    assert calls == [{"dim": 128, **given}] * 2
+    assert model.blocks[0].ffn.down.in_features == 24
+    assert model.checkpoint_blocks
+
+
+def test_a_window_makes_the_baseline_s_state_constant() -> None:
+    model = Transformer(16, 16, 1, num_heads=2, window=4)
+    assert isinstance(model.blocks[0].mixer, SlidingWindowAttention)
+    tokens = torch.zeros(1, 30, dtype=torch.long)
+    assert model(tokens)[1].nbytes == model(tokens[:, :10])[1].nbytes
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_both_halves_of_every_block_start_small(name: str) -> None:
+    torch.manual_seed(0)
+    for block in create_model(name, depth=8).blocks:
+        for projection in (block.mixer.out, block.ffn.down):
+            assert projection.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_state_dict_keys_and_shapes_do_not_move(name: str) -> None:
+    expected = json.loads((GOLDEN / f"{name}.json").read_text())
+    assert shapes(meta(name)) == expected
+
+
+def test_every_tiny_model_has_a_golden_file() -> None:
+    assert sorted(path.stem for path in GOLDEN.iterdir()) == sorted(TINY)
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def write_golden() -> None:
+    for name in TINY:
+        lines = (f"  {json.dumps(key)}: {shape}" for key, shape in shapes(meta(name)).items())
+        (GOLDEN / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    write_golden()

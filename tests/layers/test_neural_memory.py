@@ -1,0 +1,375 @@
+"""The chunk form of the neural memory against the loop over tokens, numbered as in its specification."""
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from memzoo.layers.ops import neural_memory as op
+from memzoo.layers.ops.neural_memory import neural_memory, neural_memory_scan
+from memzoo.layers.reference import neural_memory as reference
+from memzoo.layers.trace import Trace
+from tests.layers.neural_memory_cases import (
+    Case,
+    assert_close,
+    assert_same_bits,
+    gradients,
+    make_case,
+    random_cases,
+    stream,
+    take,
+    without,
+)
+
+# The reference itself, against arithmetic on full matrices.
+
+
+def test_00_reference_is_the_recurrence_written_out_for_a_linear_memory():
+    case = make_case(batch=1, heads=1, time=7, depth=1)
+    q, k, v, theta, eta, alpha = (case[name][0, :, 0] for name in ("q", "k", "v", "theta", "eta", "alpha"))
+    W, S, A, W_b = (case[name][0][0, 0] for name in ("weights", "momentum", "anchor", "base"))
+    rows = []
+    for t in range(7):
+        W_b = W if t in (1, 4) else W_b  # position 2 of chunks of 3
+        S = eta[t] * S - theta[t] * 2.0 * torch.outer(k[t], k[t] @ W_b - v[t])
+        W = (1 - alpha[t]) * W + alpha[t] * A + S
+        rows.append(q[t] @ W)
+    y, weights, momentum, base = reference.neural_memory_scan(**case, chunk_size=3, loss_scale=2.0, position=2)
+    assert_close(y[0, :, 0], torch.stack(rows))
+    assert_close((weights[0][0, 0], momentum[0][0, 0], base[0][0, 0]), (W, S, W))
+
+
+def test_00_reference_takes_the_backpropagated_gradient_of_a_deep_memory():
+    case = make_case(batch=1, heads=1, time=1)
+    k, v, theta = case["k"][0, 0, 0], case["v"][0, 0, 0], case["theta"][0, 0, 0]
+    first, second = (w[0, 0] for w in case["base"])
+    hidden = torch.tanh(k @ first / 2) / 2 + 0.5  # the logistic function
+    slope = hidden * (1 + (k @ first) * (1 - hidden))
+    error = ((k @ first) * hidden) @ second - v
+    g = torch.outer(k, (second @ error) * slope), torch.outer((k @ first) * hidden, error)
+    gates = {"eta": None, "momentum": None, "anchor": None, "alpha": torch.zeros_like(case["alpha"])}
+    _, weights, _ = reference.neural_memory(**case | gates, chunk_size=5, position=1)
+    for after, before, d in zip(weights, case["weights"], g, strict=True):
+        assert_close(after[0, 0], before[0, 0] - theta * d)
+
+
+@pytest.mark.parametrize("name", ["neural_memory", "neural_memory_scan"])
+def test_00_op_and_reference_have_one_signature(name):
+    ours, loop = (dict(inspect.signature(getattr(module, name)).parameters) for module in (op, reference))
+    assert {key: ours[key] for key in ours if key not in ("backend", "trace")} == loop
+
+
+# 1-3. The chunk form equals the loop.
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Case, Case]:
+    """Any arguments the op accepts: shapes, depths, phases, ragged rows, and every option beside every other."""
+    batch, length, chunk_size = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    sizes = {"heads": draw(st.integers(1, 2)), "depth": draw(st.integers(1, 3)), "hidden": draw(st.integers(1, 4))}
+    sizes |= {"dim": draw(st.integers(1, 3)), "value_dim": draw(st.integers(1, 3)), "seed": draw(st.integers(0, 99))}
+    case = make_case(batch=batch, time=length, **sizes)
+    dropped = draw(st.sets(st.sampled_from(["eta", "momentum", "base", "anchor"])))
+    case |= dict.fromkeys(dropped | ({"momentum"} if "eta" in dropped else set()))
+    integers = st.lists(st.integers(0, length), min_size=batch, max_size=batch)
+    return case, {
+        "chunk_size": chunk_size,
+        "activation": draw(st.sampled_from(["silu", "gelu", "relu", "identity"])),
+        "loss_scale": draw(st.sampled_from([1.0, 2.0])),
+        "read": draw(st.sampled_from(["post", "pre"])),
+        "position": draw(st.integers(0, 12) | integers.map(torch.tensor)),
+        "max_gradient_norm": draw(st.sampled_from([None, 0.5])),
+        "lengths": draw(st.none() | integers.map(torch.tensor)),
+    }
+
+
+@random_cases
+@given(cases())
+def test_01_chunk_form_equals_the_reference_whatever_the_arguments(drawn):
+    case, options = drawn
+    assert_close(neural_memory_scan(**case, **options), reference.neural_memory_scan(**case, **options))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_01_chunk_form_equals_the_reference_over_many_chunks(depth):
+    case = without(make_case(time=43, depth=depth, dim=4, hidden=8), "base", "anchor")
+    case["theta"], case["alpha"] = case["theta"] / 8, case["alpha"] / 8
+    assert_close(neural_memory(**case, chunk_size=8), reference.neural_memory(**case, chunk_size=8))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_02_one_token_chunks_equal_the_online_reference(depth):
+    case = without(make_case(depth=depth), "base")
+    assert_close(neural_memory(**case, chunk_size=1), reference.neural_memory(**case, chunk_size=1))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "identity"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_03_outer_gradients_equal_the_reference(depth, activation):
+    case, options = make_case(depth=depth, time=7), {"chunk_size": 3, "activation": activation, "position": 2}
+    expected = gradients(reference.neural_memory_scan, case, **options)
+    assert_close(gradients(neural_memory_scan, case, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "options"),
+    [
+        (("base", "anchor"), {"read": "pre"}),
+        (("eta", "momentum"), {"loss_scale": 2.0}),
+        ((), {"max_gradient_norm": 0.5}),
+        ((), {"position": torch.tensor([3, 1]), "lengths": torch.tensor([2, 6])}),
+        (("base",), {"read": "pre", "max_gradient_norm": 0.5, "lengths": torch.tensor([0, 5])}),
+    ],
+    ids=["pre", "no-momentum", "limited", "ragged-phases", "all"],
+)
+def test_03_outer_gradients_equal_the_reference_with_every_option(dropped, options):
+    case = without(make_case(time=6), *dropped)
+    options = {"chunk_size": 4} | options | ({"eta": None} if "eta" in dropped else {})
+    expected = gradients(reference.neural_memory_scan, case, **options)
+    assert_close(gradients(neural_memory_scan, case, **options), expected)
+
+
+@pytest.mark.parametrize("output", [0, 1, 2, 3], ids=["y", "weights", "momentum", "base"])
+def test_03_every_output_alone_has_its_gradient(output):
+    case, options = make_case(time=5), {"chunk_size": 4, "position": 1}
+    actual = gradients(lambda **inputs: neural_memory_scan(**inputs)[output], case, **options)
+    assert_close(actual, gradients(lambda **inputs: reference.neural_memory_scan(**inputs)[output], case, **options))
+
+
+def test_03_every_input_alone_has_its_gradient():
+    case, options = make_case(time=5), {"chunk_size": 4, "position": 1}
+    together = gradients(neural_memory_scan, case, **options)
+    alone = [gradients(neural_memory_scan, {name: x}, **without(case, name), **options) for name, x in case.items()]
+    assert_close([g for one in alone for g in one], together)
+
+
+def test_03_gradcheck():
+    case = make_case(batch=1, heads=1, time=6, hidden=2)
+    leaves = [x.requires_grad_() for x in tree_leaves(case)]
+
+    def function(*values: Tensor) -> list[Tensor]:
+        rest = iter(values)
+        return tree_leaves(neural_memory_scan(**tree_map(lambda _: next(rest), case), chunk_size=4, position=1))
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=False)
+
+
+def test_03_a_gradient_of_zero_passes_the_norm_limit_without_nan():
+    case = without(make_case(time=5), "base")
+    case["weights"] = tuple(map(torch.zeros_like, case["weights"]))  # recalls v exactly: nothing to learn
+    case["v"] = torch.zeros_like(case["v"])
+    options = {"chunk_size": 3, "max_gradient_norm": 0.5}
+    actual, expected = (gradients(f, case, **options) for f in (neural_memory_scan, reference.neural_memory_scan))
+    assert all(g.isfinite().all() for g in actual)
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_03_second_derivatives_are_refused_rather_than_wrong(depth):
+    case = tree_map(lambda x: x.requires_grad_(), make_case(depth=depth, time=5))
+    y, _, _ = neural_memory(**case, chunk_size=3, activation="relu")
+    (g,) = torch.autograd.grad(y.square().sum(), case["k"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        g.square().sum().backward()
+
+
+def test_04_no_output_depends_on_a_later_token():
+    case = make_case(batch=1, time=7)
+    tokens = [case[name].requires_grad_() for name in ("q", "k", "v", "theta", "eta", "alpha")]
+    y, _, _ = neural_memory(**case, chunk_size=3)
+    for t in range(7):
+        for g in torch.autograd.grad(y[:, t].sum(), tokens, retain_graph=True):
+            assert not g[:, t + 1 :].any()
+
+
+# 5. Streaming.
+
+
+@random_cases
+@given(
+    cuts=st.lists(st.integers(1, 10), unique=True).map(sorted),
+    chunk_size=st.integers(1, 6),
+    phases=st.integers(0, 5) | st.lists(st.integers(0, 5), min_size=2, max_size=2).map(torch.tensor),
+)
+def test_05_any_cut_into_calls_equals_one_call(cuts, chunk_size, phases):
+    case = make_case(time=11)
+    whole = neural_memory_scan(**case, position=phases, chunk_size=chunk_size)
+    assert_close(stream(case, cuts, phases, chunk_size=chunk_size), whole)
+
+
+def test_05_gradients_flow_through_the_cuts():
+    case = make_case(time=9)
+
+    def steps(**case: Any) -> Any:
+        return stream(case, list(range(1, 9)), 2, chunk_size=4)
+
+    assert_close(gradients(steps, case), gradients(neural_memory_scan, case, position=2, chunk_size=4))
+
+
+def test_05_rows_may_be_cut_at_different_tokens():
+    case = make_case(time=8)
+    whole = neural_memory_scan(**case, position=1, chunk_size=3)
+    first = torch.tensor([2, 7])
+    y1, weights, momentum, base = neural_memory_scan(**case, position=1, chunk_size=3, lengths=first)
+    shifted = {name: torch.stack([case[name][i].roll(-n, 0) for i, n in enumerate(first)]) for name in list(case)[:6]}
+    state = {"weights": weights, "momentum": momentum, "base": base, "anchor": case["anchor"]}
+    y2, *state = neural_memory_scan(**shifted, **state, position=1 + first, chunk_size=3, lengths=8 - first)
+    y = torch.stack([torch.cat([y1[i, :n], y2[i, : 8 - n]]) for i, n in enumerate(first)])
+    assert_close((y, *state), whole)
+
+
+def test_05_a_step_costs_the_same_wherever_it_stands():
+    case = without(make_case(time=1), "anchor")
+
+    def cost(position: int) -> tuple[int, int]:
+        with FlopCounterMode(display=False) as counter:
+            result = neural_memory_scan(**case, chunk_size=4, position=position)
+        return counter.get_total_flops(), sum(x.nbytes for x in tree_leaves(result))
+
+    assert cost(2) == cost(100_002)
+    assert cost(3) == cost(100_003)
+
+
+# 19. Tokens that do not exist.
+
+
+def test_19_what_lies_behind_a_row_changes_nothing():
+    case, lengths = make_case(time=9), torch.tensor([0, 5])
+    padded = {name: x.clone() for name, x in case.items() if isinstance(x, Tensor)}
+    for row, length in enumerate(lengths):
+        for x in padded.values():
+            x[row, length:] = x[row, length:] * 0.5 + 0.1
+    before, after = (neural_memory_scan(**c, chunk_size=4, lengths=lengths) for c in (case, case | padded))
+    assert_same_bits(after[1:], before[1:])
+    assert_same_bits(after[0][1, :5], before[0][1, :5])
+    alone = neural_memory_scan(**take(case, rows=[1], times=slice(5)), chunk_size=4)
+    assert_close((before[0][1:, :5], *tree_map(lambda x: x[1:], before[1:])), alone)
+
+
+def test_19_a_row_without_tokens_keeps_its_state_bit_for_bit():
+    case = make_case(time=6)
+    _, *after = neural_memory_scan(**case, chunk_size=4, position=3, lengths=torch.tensor([0, 6]))
+    before = [case["weights"], case["momentum"], case["base"]]
+    assert_same_bits(tree_map(lambda x: x[0], after), tree_map(lambda x: x[0], before))
+
+
+# 20-21. Modes, precision, cost.
+
+
+def test_20_it_learns_the_same_without_grad():
+    case = make_case()
+    with torch.no_grad():
+        frozen = neural_memory_scan(**case, chunk_size=4)
+    recorded = neural_memory_scan(**tree_map(lambda x: x.clone().requires_grad_(), case), chunk_size=4)
+    assert_same_bits(frozen, tree_map(Tensor.detach, recorded))
+
+
+def test_20_runs_repeat_bit_for_bit():
+    case = make_case()
+    assert_same_bits(neural_memory_scan(**case, chunk_size=4), neural_memory_scan(**case, chunk_size=4))
+    assert_same_bits(gradients(neural_memory, case, chunk_size=4), gradients(neural_memory, case, chunk_size=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_20_low_precision_stays_near_float64_and_keeps_its_state_in_float32(dtype):
+    case = without(make_case(time=64, dim=16, hidden=32), "base", "anchor")
+    case["theta"], case["alpha"] = case["theta"] / 8, case["alpha"] / 8
+    low = {name: x.to(dtype) if name in ("q", "k", "v") else tree_map(Tensor.float, x) for name, x in case.items()}
+    y, *state = neural_memory(**low, chunk_size=16)
+    expected, *expected_state = neural_memory(**case, chunk_size=16)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for a, b in zip(tree_leaves((y, state)), tree_leaves((expected, expected_state)), strict=True):
+        assert (a.double() - b).norm() < tolerance * b.norm()
+    assert all(x.dtype == torch.float32 for x in tree_leaves(state))
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    """The least of a few runs: the one other processes disturbed least."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_21_time_grows_linearly_and_leaves_the_loop_far_behind():
+    short, long = (
+        tree_map(Tensor.float, without(make_case(batch=1, heads=1, dim=8, hidden=16, time=n), "base", "anchor"))
+        for n in (512, 1024)
+    )
+    gradients(neural_memory, short, chunk_size=64)  # warm-up
+    assert seconds(lambda: gradients(neural_memory, long, chunk_size=64), 5) < 2.5 * seconds(
+        lambda: gradients(neural_memory, short, chunk_size=64), 5
+    )
+    with torch.no_grad():
+        ours = seconds(lambda: neural_memory(**long, chunk_size=64), 5)
+        assert seconds(lambda: reference.neural_memory(**long, chunk_size=64), 1) > 10 * ours
+
+
+def test_21_memory_kept_for_the_backward_pass_grows_linearly():
+    def kept(time: int) -> int:
+        storages: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        case = tree_map(lambda x: x.requires_grad_(), without(make_case(time=time), "base", "anchor"))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            result = neural_memory(**case, chunk_size=8)
+        assert result[0].requires_grad
+        return sum(storages.values())
+
+    sizes = [kept(n) for n in (64, 128, 256)]
+    assert sizes[0] > 0
+    assert sizes[2] - sizes[1] <= 2.1 * (sizes[1] - sizes[0])
+
+
+# What it reports, and refuses.
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_scale": 2.0, "max_gradient_norm": 0.1}], ids=str)
+def test_surprise_is_the_norm_of_the_error_at_the_base(options):
+    case, trace = without(make_case(time=5), "base"), Trace()
+    neural_memory_scan(**case, chunk_size=8, lengths=torch.tensor([5, 3]), trace=trace, **options)
+    first, second = (w[:, None] for w in case["weights"])
+    error = (F.silu(case["k"][..., None, :] @ first) @ second).squeeze(-2) - case["v"]
+    surprise = trace.signals["surprise"]
+    assert_close((surprise[0], surprise[1, :3]), (error[0].norm(dim=-1), error[1, :3].norm(dim=-1)))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 3)}, r"q has shape \(2, 4, 3\)"),
+        ({"k": torch.zeros(2, 4, 2, 2)}, r"k has shape \(2, 4, 2, 2\)"),
+        ({"v": torch.zeros(2, 4, 2, 2)}, r"v has shape \(2, 4, 2, 2\)"),
+        ({"theta": torch.zeros(2, 4)}, r"theta has shape \(2, 4\)"),
+        ({"eta": torch.zeros(2, 4, 1)}, r"eta has shape \(2, 4, 1\)"),
+        ({"alpha": torch.zeros(1, 4, 2)}, r"alpha has shape \(1, 4, 2\)"),
+        ({"weights": ()}, r"weights=\(\)"),
+        ({"weights": (torch.zeros(2, 2, 4, 3),)}, r"weights\[0\] has shape \(2, 2, 4, 3\)"),
+        ({"momentum": (torch.zeros(2, 2, 3, 3),)}, "momentum has shapes"),
+        ({"base": (torch.zeros(2, 2, 3, 3),)}, "base has shapes"),
+        ({"anchor": (torch.zeros(2, 2, 3, 3),)}, "anchor has shapes"),
+        ({"lengths": torch.tensor([1])}, r"lengths has shape \(1,\)"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"activation": "sillu"}, "did you mean 'silu'"),
+        ({"read": "mid"}, "read='mid'"),
+        ({"backend": "triton"}, "backend='triton'"),
+        ({"max_gradient_norm": 0.0}, "max_gradient_norm=0.0"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(bad, message):
+    with pytest.raises(ValueError, match=message):
+        neural_memory_scan(**make_case(time=4) | {"chunk_size": 3} | bad)

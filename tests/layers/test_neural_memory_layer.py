@@ -1,0 +1,339 @@
+"""The NeuralMemory layer: its equations, its contract, its errors; checks numbered as in the specification."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from memzoo.layers import NeuralMemory
+from memzoo.layers.reference import neural_memory as reference
+from memzoo.layers.trace import Trace
+from tests.layers.neural_memory_cases import assert_close, assert_same_bits, random_cases
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"num_heads": 1, "memory_expansion": 4.0},
+    {"memory_depth": 1},
+    {"memory_depth": 3, "activation": "gelu"},
+    {"momentum": False, "max_learning_rate": 0.3},
+    {"forgetting": False, "loss_scale": 2.0},
+    {"conv_width": None, "read": "pre"},
+    {"output_gate": False, "decay_to_init": True},
+    {"output_norm": False, "max_gradient_norm": 0.1, "activation": "relu"},
+]
+
+
+def build(**options: Any) -> NeuralMemory:
+    torch.manual_seed(0)
+    layer = NeuralMemory(8, **{"num_heads": 2, "chunk_size": 3} | options).double()
+    for w in layer.initial_weights:  # a matrix starts at zero
+        w.data += 0.1 * torch.randn_like(w)
+    return layer
+
+
+def tokens(batch: int = 2, time: int = 8, seed: int = 0) -> Tensor:
+    return torch.randn(batch, time, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_the_equations(layer: NeuralMemory, x: Tensor) -> tuple[Tensor, ...]:
+    """Section 4.4 of the paper around the loop over tokens, from the layer's parameters alone."""
+    qkv = []
+    for channels, project in enumerate(layer.query_key_value.weight.chunk(3)):
+        z = x @ project.T
+        if layer.conv is not None:
+            taps = layer.conv.weight.chunk(3)[channels]
+            z = F.conv1d(F.pad(z.mT, (taps.shape[1] - 1, 0)), taps[:, None], groups=8).mT
+        qkv.append(F.silu(z).unflatten(-1, (layer.num_heads, -1)))
+    q, k, v = qkv
+    theta, eta, alpha = layer.gates(x).sigmoid().unflatten(-1, (3, -1)).unbind(2)
+    initial = tuple(w.expand(len(x), *w.shape) for w in layer.initial_weights)
+    y, *state = reference.neural_memory_scan(
+        q / q.norm(dim=-1, keepdim=True),
+        k / k.norm(dim=-1, keepdim=True),
+        v,
+        layer.max_learning_rate * theta,
+        eta if layer.momentum else None,
+        alpha if layer.forgetting else 0 * alpha,
+        initial,
+        chunk_size=layer.chunk_size,
+        activation=layer.activation,
+        loss_scale=layer.loss_scale,
+        read=layer.read,
+        anchor=initial if layer.decay_to_init else None,
+        max_gradient_norm=layer.max_gradient_norm,
+    )
+    y = y.flatten(2)
+    if layer.output_norm is not None:
+        y = y / (y.square().mean(-1, keepdim=True) + layer.output_norm.eps).sqrt() * layer.output_norm.weight
+    if layer.output_gate is not None:
+        y = y * F.silu(layer.output_gate(x))
+    return layer.out(y), *state
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_01_layer_equals_its_equations(options):
+    layer, x = build(**options), tokens()
+    y, state = layer(x)
+    assert_close((y, state.weights, state.momentum, state.base), by_the_equations(layer, x))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_03_outer_gradients_of_every_parameter_equal_those_of_the_equations(options):
+    layer, x = build(**options), tokens().requires_grad_()
+    leaves = [x, *layer.parameters()]
+    probe = tokens(seed=1)
+    expected = torch.autograd.grad(by_the_equations(layer, x)[0], leaves, probe)
+    assert_close(torch.autograd.grad(layer(x)[0], leaves, probe), expected)
+    assert all(g.any() for g in expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"read": "pre", "chunk_size": 64}], ids=str)
+def test_04_no_output_depends_on_a_later_token(options):
+    layer, x = build(**options), tokens().requires_grad_()
+    y, _ = layer(x)
+    for t in range(8):
+        (g,) = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
+        assert g[:, t].any()
+        assert not g[:, t + 1 :].any()
+
+
+# 5. Streaming.
+
+
+@settings(random_cases, max_examples=12)
+@given(st.lists(st.integers(1, 9), unique=True).map(sorted), st.integers(1, 5))
+@torch.no_grad()
+def test_05_any_cut_into_calls_equals_one_call(cuts, chunk_size):
+    layer, x = build(chunk_size=chunk_size), tokens(time=10)
+    whole, end = layer(x)
+    state, pieces = None, []
+    for piece in x.tensor_split(cuts, 1):
+        y, state = layer(piece, state)
+        pieces.append(y)
+    assert_close(torch.cat(pieces, 1), whole)
+    assert_close(tree_leaves(state), tree_leaves(end))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_05_steps_after_a_prefill_equal_one_call(options):
+    layer, x = build(**options), tokens()
+    y, state = layer(x[:, :4])
+    steps = [y]
+    for t in range(4, 8):
+        y, state = layer(x[:, t : t + 1], state)
+        steps.append(y)
+    assert_close(torch.cat(steps, 1), layer(x)[0])
+
+
+def test_05_rows_in_different_phases_of_their_chunks_go_on_together():
+    layer, x = build(), tokens(time=9)
+    _, early = layer(x[:1, :2])
+    _, late = layer(x[1:, :4])
+    state = tree_map(lambda a, b: torch.cat([a, b]), early, late)
+    y, end = layer(torch.stack([x[0, 2:7], x[1, 4:9]]), state)
+    assert_close(y, torch.stack([layer(x)[0][0, 2:7], layer(x)[0][1, 4:9]]))
+    assert end.position.tolist() == [7, 9]
+
+
+def test_05_the_state_has_one_size():
+    layer = build()
+    sizes = {layer(tokens(time=n))[1].nbytes for n in (1, 2, 3, 20)}
+    assert sizes == {layer.initial_state(2).nbytes}
+
+
+def test_05_a_passed_state_is_not_changed():
+    layer, x = build(), tokens()
+    _, state = layer(x)
+    before = copy.deepcopy(state.detach())
+    layer(x, state)
+    assert_same_bits(tree_leaves(state), tree_leaves(before))
+
+
+# 14, 15, 19. Rows, initial memory, masks, documents.
+
+
+def test_14_rows_do_not_see_each_other():
+    layer, x = build(), tokens()
+    other = torch.stack([x[0], tokens(seed=1)[1]])
+    assert_same_bits(layer(other)[0][0], layer(x)[0][0])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_15_the_initial_memory_is_learned(depth):
+    torch.manual_seed(0)
+    layer = NeuralMemory(8, num_heads=2, chunk_size=3, memory_depth=depth)
+    layer(tokens().float())[0].square().sum().backward()
+    assert all(w.grad is not None and w.grad.any() for w in layer.initial_weights)
+
+
+def test_15_only_a_matrix_may_start_empty():
+    matrix, deep = NeuralMemory(8, num_heads=2, memory_depth=1), NeuralMemory(8, num_heads=2, memory_depth=2)
+    assert not matrix.initial_weights[0].any()
+    assert all(w.any() for w in deep.initial_weights)
+
+
+def test_19_masked_tokens_do_not_exist():
+    layer, x = build(), tokens(time=9)
+    mask = torch.tensor([[True, True, False, True, False, False, True, True, True], [False] * 4 + [True] * 5])
+    spoiled = x.masked_fill(~mask[..., None], float("nan"))
+    y, state = layer(spoiled, mask=mask)
+    assert not y[~mask].any()
+    for row in range(2):
+        alone, end = layer(x[row : row + 1, mask[row]])
+        assert_close(y[row, mask[row]], alone[0])
+        assert_close(tree_map(lambda a, row=row: a[row : row + 1], state), end)
+
+
+@pytest.mark.parametrize("seen", [0, 4])
+def test_19_a_call_of_masked_tokens_leaves_the_state_bit_for_bit(seen):
+    layer, x = build(), tokens()
+    state = layer(x[:, :seen])[1] if seen else layer.initial_state(2)
+    mask = torch.tensor([[False] * 4, [True] * 4])
+    _, after = layer(x[:, 4:], state, mask=mask)
+    assert_same_bits(tree_leaves(tree_map(lambda a: a[0], after)), tree_leaves(tree_map(lambda a: a[0], state)))
+
+
+def test_19_packed_documents_equal_separate_ones():
+    layer, x = build(), tokens(batch=1, time=9).requires_grad_()
+    packed, end = layer(x, doc_ids=torch.tensor([[7, 7, 7, 7, 8, 9, 9, 9, 9]]))
+    results = [layer(x[:, start:stop]) for start, stop in ((0, 4), (4, 5), (5, 9))]
+    separate = torch.cat([y for y, _ in results], 1)
+    assert_close(packed, separate)
+    assert_close((end.weights, end.momentum), (results[-1][1].weights, results[-1][1].momentum))
+    leaves, probe = [x, *layer.parameters()], tokens(batch=1, time=9, seed=1)
+    assert_close(torch.autograd.grad(packed, leaves, probe), torch.autograd.grad(separate, leaves, probe))
+
+
+def test_19_a_document_continues_in_the_next_call():
+    layer, x = build(), tokens(batch=1, time=9)
+    whole, _ = layer(x[:, 2:])
+    first, state = layer(x[:, :5], doc_ids=torch.tensor([[1, 1, 2, 2, 2]]))
+    second, _ = layer(x[:, 5:], state, doc_ids=torch.tensor([[2, 2, 2, 2]]))
+    assert_close(torch.cat([first[:, 2:], second], 1), whole)
+
+
+# 20. Learning at test time.
+
+
+def test_20_eval_and_no_grad_learn_like_training():
+    layer, x = build(), tokens()
+    trained, end = layer(x)
+    assert not torch.equal(end.weights[0][0], layer.initial_weights[0])
+    with torch.no_grad():
+        evaluated = layer.eval()(x)
+    assert_same_bits(tree_leaves(evaluated), tree_leaves((trained.detach(), end.detach())))
+
+
+def test_20_reset_returns_to_the_initial_memory():
+    layer, x = build(), tokens()
+    fresh, _ = layer(x)
+    _, state = layer(tokens(seed=1))
+    assert_close(layer(x, state.reset())[0], fresh)
+    continued, _ = layer(x, state)
+    half, _ = layer(x, state.reset([1]))
+    assert_close(half, torch.stack([continued[0], fresh[1]]))
+    assert not torch.allclose(continued[1], fresh[1])
+
+
+def test_20_runs_repeat_bit_for_bit():
+    layer, x = build(), tokens()
+    assert_same_bits(tree_leaves(layer(x)), tree_leaves(layer(x)))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_20_autocast_stays_near_float64_and_keeps_the_memory_in_float32(options):
+    layer, x = build(**options), tokens(time=24)
+    exact, exact_state = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = layer.float()(x.float())
+    for a, b in zip((y, *state.weights), (exact, *exact_state.weights), strict=True):
+        assert (a.double() - b).norm() < 2e-2 * b.norm()
+    assert all(w.dtype == torch.float32 for w in (*state.weights, *state.momentum, *state.base))
+
+
+def test_20_a_token_of_zeros_has_a_tame_gradient():
+    layer, x = build(output_gate=False), tokens()
+    x[:, 3:] = 0  # keys and queries of length zero, once the convolution has forgotten the others
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(layer(x)[0], x, tokens(seed=1))
+    assert g.abs().max() < 1e6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_20_a_token_of_zeros_makes_no_nan_in_half_precision(dtype):
+    layer, x = build().to(dtype), tokens().to(dtype)
+    x[:, 3:] = 0
+    y, _ = layer(x)
+    assert y.dtype == dtype
+    assert y.isfinite().all()
+
+
+# What a layer reports, and refuses.
+
+
+def test_a_new_memory_learns_at_half_its_rate_and_forgets_slowly():
+    trace = Trace()
+    NeuralMemory(8, num_heads=2, chunk_size=16)(torch.zeros(1, 1, 8), trace=trace)
+    start = {name: trace.signals[name][0, 0] for name in ("theta", "eta", "alpha")}
+    expected = {"theta": 0.5 * 16**-0.5, "eta": 0.5, "alpha": 1 / (1 + math.exp(4))}
+    assert_close(start, {name: torch.full((2,), value) for name, value in expected.items()}, 1e-6)
+
+
+def test_trace_shows_gates_and_surprise():
+    layer, x, trace = build(chunk_size=64), tokens(), Trace()
+    y, _ = layer(x, trace=trace)
+    assert_same_bits(y, layer(x)[0])
+    theta, eta, alpha = (trace.signals[name] for name in ("theta", "eta", "alpha"))
+    expected = layer.gates(x).sigmoid().unflatten(-1, (3, -1)).unbind(2)
+    assert_close((theta, eta, alpha), (layer.max_learning_rate * expected[0], *expected[1:]))
+    assert trace.signals["surprise"].shape == (2, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 3}, "dim=8 is not divisible by num_heads=3"),
+        ({"num_heads": None}, "dim=8 is not divisible by head_dim=64"),
+        ({"head_dim": 4}, "num_heads=2 and head_dim=4"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"memory_depth": 0}, "memory_depth=0"),
+        ({"memory_expansion": 0.0}, "memory_expansion=0.0"),
+        ({"memory_expansion": 0.1}, "memory_expansion=0.1"),
+        ({"conv_width": 0}, "width=0"),
+        ({"read": "mid"}, "read='mid'"),
+        ({"activation": "sillu"}, "did you mean 'silu'"),
+        ({"max_learning_rate": -1.0}, "max_learning_rate=-1.0"),
+        ({"max_gradient_norm": 0.0}, "max_gradient_norm=0.0"),
+        ({"loss_scale": float("nan")}, "loss_scale=nan"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        NeuralMemory(8, **{"num_heads": 2} | options)
+
+
+@pytest.mark.parametrize(
+    ("x", "arguments", "message"),
+    [
+        (torch.zeros(2, 8), {}, "x has shape"),
+        (torch.zeros(2, 3, 7), {}, "width is 7"),
+        (torch.zeros(2, 0, 8), {}, "no tokens"),
+        (torch.zeros(2, 3, 8, dtype=torch.long), {}, "dtype torch.int64"),
+        (torch.zeros(2, 3, 8), {"mask": torch.ones(2, 3)}, "mask has dtype"),
+        (torch.zeros(2, 3, 8), {"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask has shape"),
+        (torch.zeros(2, 3, 8), {"doc_ids": torch.ones(2, 3)}, "doc_ids has dtype"),
+        (torch.zeros(2, 3, 8), {"state": NeuralMemory(8, num_heads=2).initial_state(3)}, "state has 3 rows"),
+    ],
+)
+def test_bad_inputs_are_refused_by_name(x, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NeuralMemory(8, num_heads=2)(x, **arguments)
