@@ -1,11 +1,12 @@
 """Attention as a sequence mixer: the memory that keeps every token, and the one that keeps a window of them."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from memzoo.layers.errors import check_divisible, check_positive
+from memzoo.layers.heads import resolve_heads
 from memzoo.layers.mixer import SequenceMixer
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.attention import BACKENDS, AttentionState, Prefix, attention, check_window
@@ -44,6 +45,7 @@ class Attention(SequenceMixer):
         Vaswani et al., arXiv 1706.03762; grouped queries: Ainslie et al., arXiv 2305.13245.
     """
 
+    state_class = AttentionState
     window: int | None = None
 
     def __init__(
@@ -59,7 +61,7 @@ class Attention(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim)
-        num_heads, head_dim = _heads(dim, num_heads, head_dim)
+        num_heads, head_dim = resolve_heads(dim, num_heads, head_dim)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_divisible("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         if num_prefix_tokens:
@@ -96,11 +98,7 @@ class Attention(SequenceMixer):
         self, x: Tensor, state: MixerState | None, *, lengths: Tensor | None, trace: Trace | None, donate: bool
     ) -> tuple[Tensor, Any]:
         """Attend; nothing is reported to ``trace``."""
-        if state is not None and not isinstance(state, AttentionState):
-            raise ValueError(
-                f"state is a {type(state).__name__}, an attention layer carries an AttentionState; "
-                f"pass what its previous call returned, or None to start afresh"
-            )
+        past = cast(AttentionState | None, state)
         q = self.query_norm(self.query(x).unflatten(-1, (self.num_heads, self.head_dim)))
         k, v = self._keys_and_values(x)
         if self.rotary is not None:
@@ -114,7 +112,7 @@ class Attention(SequenceMixer):
             v,
             window=self.window,
             prefix=self._prefix(),
-            state=state,
+            state=past,
             lengths=lengths,
             donate=donate,
             backend=self.backend,
@@ -186,21 +184,6 @@ class SlidingWindowAttention(Attention):
     def extra_repr(self) -> str:
         """Window and heads."""
         return f"window={self.window}, {super().extra_repr()}"
-
-
-def _heads(dim: int, num_heads: int | None, head_dim: int | None) -> tuple[int, int]:
-    """Number and width of heads from what is given: each follows from the other and ``dim``; 64 wide if neither is."""
-    check_positive("dim", dim)
-    if num_heads is not None and head_dim is not None:
-        check_positive("num_heads", num_heads)
-        check_positive("head_dim", head_dim)
-        return num_heads, head_dim
-    if num_heads is not None:
-        check_divisible("dim", dim, "num_heads", num_heads)
-        return num_heads, dim // num_heads
-    head_dim = 64 if head_dim is None else head_dim
-    check_divisible("dim", dim, "head_dim", head_dim)
-    return dim // head_dim, head_dim
 
 
 @register_layer("attention", "mixer", state_size="grows")

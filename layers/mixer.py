@@ -96,7 +96,7 @@ class SequenceMixer(nn.Module, ABC):
         check_grid("doc_ids", doc_ids, x, boolean=False)
         if state is not None and not isinstance(state, self.state_class):
             raise ValueError(
-                f"state is a {type(state).__name__}, {type(self).__name__} carries a {self.state_class.__name__}; "
+                f"state is a {type(state).__name__}, {type(self).__name__} carries {self.state_class.__name__}; "
                 f"pass what its previous call returned, or None to start afresh"
             )
         if state is not None and state.position.shape[0] != x.shape[0]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memzoo.layers.errors import check_choice, check_divisible, check_positive
+from memzoo.layers.errors import check_choice, check_positive
+from memzoo.layers.heads import resolve_heads
 from memzoo.layers.mixer import SequenceMixer, counters
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.activations import ACTIVATIONS
@@ -52,9 +53,8 @@ class NeuralMemory(SequenceMixer):
 
     Args:
         dim: Width of ``x`` and ``y``.
-        num_heads: Memories side by side, each of width ``dim / num_heads``; ``dim / head_dim`` by default. One head is
-            the paper's literal form.
-        head_dim: Width of a head, 64 by default; not together with ``num_heads``.
+        num_heads: Memories side by side; ``dim / head_dim`` by default. One is the paper's literal form.
+        head_dim: Width of each; ``dim / num_heads`` if that is given, else 64.
         memory_depth: Layers of the memory, L_M. One is a matrix.
         memory_expansion: Width of the memory's hidden layers over that of a head.
         chunk_size: Tokens whose gradients are taken at the same weights. Part of the model, not only of its speed.
@@ -116,9 +116,12 @@ class NeuralMemory(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim)
-        num_heads = _heads(dim, num_heads, head_dim)
+        num_heads, head_dim = resolve_heads(dim, num_heads, head_dim)
+        inner = num_heads * head_dim
         check_positive("memory_depth", memory_depth)
         check_positive("chunk_size", chunk_size)
+        if conv_width is not None:
+            check_positive("conv_width", conv_width, "it counts the current token; use None for no convolution")
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("read", read, ("post", "pre"))
         check_choice("backend", backend, ("auto", "torch"))
@@ -131,7 +134,7 @@ class NeuralMemory(SequenceMixer):
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} is not positive; use a value above 0")
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = head_dim
         self.chunk_size = chunk_size
         self.activation = activation
         self.momentum = momentum
@@ -149,15 +152,15 @@ class NeuralMemory(SequenceMixer):
                 f"memory_expansion={memory_expansion} leaves no hidden unit of a head of {self.head_dim}; use more"
             )
         widths = [self.head_dim, *[hidden] * (memory_depth - 1), self.head_dim]
-        self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
-        self.conv = ShortConv(3 * dim, width=conv_width, activation="silu") if conv_width is not None else None
+        self.query_key_value = nn.Linear(dim, 3 * inner, bias=False)
+        self.conv = ShortConv(3 * inner, width=conv_width, activation="silu") if conv_width is not None else None
         self.gates = nn.Linear(dim, 3 * num_heads)  # theta, eta, alpha
         self.initial_weights = nn.ParameterList(
             torch.empty(num_heads, d_in, d_out) for d_in, d_out in itertools.pairwise(widths)
         )
-        self.output_norm = RMSNorm(dim) if output_norm else None
-        self.output_gate = nn.Linear(dim, dim, bias=False) if output_gate else None
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.output_norm = RMSNorm(inner) if output_norm else None
+        self.output_gate = nn.Linear(dim, inner, bias=False) if output_gate else None
+        self.out = nn.Linear(inner, dim, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -263,18 +266,6 @@ class NeuralMemory(SequenceMixer):
             eta if self.momentum else None,
             alpha if self.forgetting else torch.zeros_like(alpha),
         )
-
-
-def _heads(dim: int, num_heads: int | None, head_dim: int | None) -> int:
-    check_positive("dim", dim)
-    if num_heads is not None and head_dim is not None:
-        raise ValueError(f"num_heads={num_heads} and head_dim={head_dim} are both given; give one, the other follows")
-    if num_heads is not None:
-        check_divisible("dim", dim, "num_heads", num_heads)
-        return num_heads
-    head_dim = 64 if head_dim is None else head_dim
-    check_divisible("dim", dim, "head_dim", head_dim)
-    return dim // head_dim
 
 
 @register_layer("neural_memory", "mixer")

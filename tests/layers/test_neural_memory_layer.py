@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from memzoo.layers import NeuralMemory
+from memzoo.layers import Attention, NeuralMemory
 from memzoo.layers.reference import neural_memory as reference
 from memzoo.layers.trace import Trace
 from tests.layers.neural_memory_cases import assert_close, assert_same_bits, random_cases
@@ -25,6 +25,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"momentum": False, "max_learning_rate": 0.3},
     {"forgetting": False, "loss_scale": 2.0},
     {"conv_width": None, "read": "pre"},
+    {"num_heads": 3, "head_dim": 5},
     {"output_gate": False, "decay_to_init": True},
     {"output_norm": False, "max_gradient_norm": 0.1, "activation": "relu"},
 ]
@@ -49,7 +50,7 @@ def by_the_equations(layer: NeuralMemory, x: Tensor) -> tuple[Tensor, ...]:
         z = x @ project.T
         if layer.conv is not None:
             taps = layer.conv.weight.chunk(3)[channels]
-            z = F.conv1d(F.pad(z.mT, (taps.shape[1] - 1, 0)), taps[:, None], groups=8).mT
+            z = F.conv1d(F.pad(z.mT, (taps.shape[1] - 1, 0)), taps[:, None], groups=len(taps)).mT
         qkv.append(F.silu(z).unflatten(-1, (layer.num_heads, -1)))
     q, k, v = qkv
     theta, eta, alpha = layer.gates(x).sigmoid().unflatten(-1, (3, -1)).unbind(2)
@@ -301,12 +302,12 @@ def test_trace_shows_gates_and_surprise():
     [
         ({"num_heads": 3}, "dim=8 is not divisible by num_heads=3"),
         ({"num_heads": None}, "dim=8 is not divisible by head_dim=64"),
-        ({"head_dim": 4}, "num_heads=2 and head_dim=4"),
+        ({"head_dim": 0}, "head_dim=0"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"memory_depth": 0}, "memory_depth=0"),
         ({"memory_expansion": 0.0}, "memory_expansion=0.0"),
         ({"memory_expansion": 0.1}, "memory_expansion=0.1"),
-        ({"conv_width": 0}, "width=0"),
+        ({"conv_width": 0}, "conv_width=0"),
         ({"read": "mid"}, "read='mid'"),
         ({"activation": "sillu"}, "did you mean 'silu'"),
         ({"max_learning_rate": -1.0}, "max_learning_rate=-1.0"),
@@ -332,6 +333,7 @@ def test_bad_options_are_refused_by_name(options, message):
         (torch.zeros(2, 3, 8), {"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask has shape"),
         (torch.zeros(2, 3, 8), {"doc_ids": torch.ones(2, 3)}, "doc_ids has dtype"),
         (torch.zeros(2, 3, 8), {"state": NeuralMemory(8, num_heads=2).initial_state(3)}, "state has 3 rows"),
+        (torch.zeros(2, 3, 8), {"state": Attention(8, num_heads=2).initial_state(2)}, "state is a AttentionState"),
     ],
 )
 def test_bad_inputs_are_refused_by_name(x, arguments, message):
