@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from memzoo.layers.ops.neural_memory import neural_memory_scan
 
@@ -69,11 +69,12 @@ def without(case: Case, *names: str) -> Case:
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert tree_structure(actual) == tree_structure(expected)
+    torch.testing.assert_close(tree_leaves(actual), tree_leaves(expected), rtol=tolerance, atol=tolerance)
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert_close(actual, expected, 0)
 
 
 def gradients(function: Callable[..., Any], case: Case, **options: Any) -> list[Tensor]:

@@ -246,7 +246,7 @@ def test_a_layer_that_cannot_be_is_refused(options, words):
 
 def test_the_state_of_another_kind_of_layer_is_refused(layer):
     state = MixerState(torch.zeros(1).long(), torch.zeros(1).long())
-    with pytest.raises(ValueError, match="state is a MixerState, [a-zA-Z]*Attention carries AttentionState"):
+    with pytest.raises(ValueError, match=r"state is a MixerState, [a-zA-Z]*Attention carries AttentionState"):
         layer(tokens(1, 2), state)
 
 
