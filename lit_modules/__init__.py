@@ -1,1 +1,46 @@
-"""Lightning modules, data modules, callbacks and the command line."""
+"""Lightning modules, data modules, callbacks and the command line.
+
+Names are imported when they are first used, so that ``memzoo --help`` does not wait for Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memzoo.lit_modules.callbacks import LossFigure, SampleText, Summary, Throughput
+    from memzoo.lit_modules.causal_lm import CausalLMModule
+    from memzoo.lit_modules.checkpoint import AtomicCheckpointIO
+    from memzoo.lit_modules.data import TextData
+    from memzoo.lit_modules.progress import ProgressBar
+
+_HOMES = {
+    "AtomicCheckpointIO": "checkpoint",
+    "CausalLMModule": "causal_lm",
+    "LossFigure": "callbacks",
+    "ProgressBar": "progress",
+    "SampleText": "callbacks",
+    "Summary": "callbacks",
+    "TextData": "data",
+    "Throughput": "callbacks",
+}
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "CausalLMModule",
+    "LossFigure",
+    "ProgressBar",
+    "SampleText",
+    "Summary",
+    "TextData",
+    "Throughput",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -152,8 +152,8 @@ def neural_memory_scan(
             activation=activation,
             loss_scale=loss_scale,
             max_gradient_norm=max_gradient_norm,
-            has_base=bool(first_base),
-            has_anchor=bool(towards),
+            has_base=grid.at_border is not None,
+            has_anchor=len(towards) > 0,
             reports_error=trace is not None,
         )
         first_block = tuple(w - m for w, m in zip(start, towards, strict=True)) if towards else start
