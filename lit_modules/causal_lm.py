@@ -1,0 +1,226 @@
+"""CausalLMModule: train any causal language model of the catalog by next-token prediction."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from memzoo.arch import create_model
+from memzoo.layers.state import State
+from memzoo.layers.trace import Trace
+from memzoo.lit_modules.carried import CarriedStates
+from memzoo.lit_modules.metrics import MeanTokenLoss
+from memzoo.lit_modules.objective import NextTokens
+from memzoo.lit_modules.optim import parameter_groups
+from memzoo.lit_modules.schedule import ScheduleName, make_scheduler
+from memzoo.lit_modules.sharding import shard
+
+Stage = Literal["train", "val", "test"]
+
+
+class CausalLMModule(LightningModule):
+    """Next-token prediction with AdamW, a schedule, and memories that may be carried from batch to batch.
+
+    Logs ``train/loss`` (nats per token), ``train/bits_per_byte``, and for validation and test, exact over all their
+    tokens, ``val/loss``, ``val/bits_per_byte``, ``val/perplexity``. Bits per byte need to know the bytes of a token:
+    the data module's ``bytes_per_token``; without one they are not logged. Auxiliary losses that layers report through
+    ``Trace`` are added to the objective and logged under ``train/``.
+
+    Args:
+        model: Name of a registered model, or a module with the interface of ``memzoo.arch.CausalLM``.
+        overrides: Arguments in place of the named model's own.
+        learning_rate: At the peak of the schedule.
+        weight_decay: Of matrices; vectors, norms, embeddings and initial memory weights have none.
+        betas: Of AdamW.
+        schedule: "cosine", "wsd" (warm-up, stable, decay) or "constant", each after a linear warm-up.
+        warmup_steps: Optimiser steps of the warm-up.
+        decay_steps: Optimiser steps of the decay of "wsd"; a fifth of all by default.
+        schedule_steps: Optimiser steps of the whole schedule; the trainer's number by default.
+        final_fraction: Last learning rate, as a fraction of the peak.
+        truncated_backpropagation: Start each batch from the state in which the previous one ended, without its graph:
+            the model learns to use a past longer than a batch. The data module must be ``contiguous``: row ``i`` of
+            a batch continues row ``i`` of the one before. States start afresh with every epoch and every validation.
+
+    Raises:
+        ValueError: Unknown model or override, ``overrides`` beside a module, or a bad schedule.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        overrides: dict[str, Any] | None = None,
+        *,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        schedule: ScheduleName = "cosine",
+        warmup_steps: int = 100,
+        decay_steps: int | None = None,
+        schedule_steps: int | None = None,
+        final_fraction: float = 0.1,
+        truncated_backpropagation: bool = False,
+    ) -> None:
+        super().__init__()
+        by_name = isinstance(model, str)
+        if not by_name and overrides:
+            raise ValueError(f"overrides={overrides!r} only apply to a model given by name; build the module with them")
+        # A module is not a hyper-parameter: load_from_checkpoint(path, model=module) takes it anew.
+        self.save_hyperparameters(ignore=[] if by_name else ["model"])
+        self.model: Any = create_model(model, **(overrides or {})) if isinstance(model, str) else model
+        self._means: dict[Stage, MeanTokenLoss] = {}
+        self._carried = CarriedStates()
+
+    def forward(self, tokens: Tensor, state: State | None = None, **options: Any) -> tuple[Tensor, State]:
+        """Return the model's logits and state; see ``CausalLM.forward``."""
+        logits, state = self.model(tokens, state, **options)
+        return logits, state
+
+    # Steps
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean loss of the counted targets plus the layers' own losses."""
+        trace = Trace()
+        pieces, losses = self._predict(batch, batch_idx, "train", trace)
+        loss = pieces.mean(losses)
+        rows = len(pieces.inputs)
+        self.log("train/loss", loss, prog_bar=True, batch_size=rows)
+        if (bits := self._bits_per_byte(loss)) is not None:
+            self.log("train/bits_per_byte", bits, prog_bar=True, batch_size=rows)
+        for name, value in trace.losses.items():
+            self.log(f"train/{name}", value, batch_size=rows)
+        return loss + sum(trace.losses.values())
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add the batch to the validation's sums."""
+        pieces, losses = self._predict(batch, batch_idx, "val")
+        self._means["val"].update(losses, pieces.counted)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add the batch to the test's sums."""
+        pieces, losses = self._predict(batch, batch_idx, "test")
+        self._means["test"].update(losses, pieces.counted)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Return ``losses`` (batch, time), nats per target, and ``counted``, which targets are real."""
+        pieces = NextTokens.of(batch)
+        logits, _ = self.model(pieces.inputs, mask=pieces.mask, doc_ids=pieces.doc_ids)
+        return {"losses": pieces.losses(logits), "counted": pieces.counted}
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums of the validation."""
+        self._means["val"] = MeanTokenLoss().to(self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the exact means of the validation."""
+        self._log_means("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start the sums of the test."""
+        self._means["test"] = MeanTokenLoss().to(self.device)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the exact means of the test."""
+        self._log_means("test")
+
+    def _predict(
+        self, batch: Mapping[str, Tensor], batch_idx: int, stage: Stage, trace: Trace | None = None
+    ) -> tuple[NextTokens, Tensor]:
+        pieces = NextTokens.of(batch)
+        state = self._carried.get(stage, batch_idx, pieces.inputs)
+        logits, state = self.model(pieces.inputs, state, mask=pieces.mask, doc_ids=pieces.doc_ids, trace=trace)
+        if self.hparams["truncated_backpropagation"]:
+            self._carried.put(stage, state)
+        return pieces, pieces.losses(logits)
+
+    def _log_means(self, stage: Stage) -> None:
+        self._carried.drop(stage)
+        loss = self._means.pop(stage).compute()
+        self.log(f"{stage}/loss", loss, sync_dist=True)
+        self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
+        if (bits := self._bits_per_byte(loss)) is not None:
+            self.log(f"{stage}/bits_per_byte", bits, prog_bar=True, sync_dist=True)
+
+    def _bits_per_byte(self, nats_per_token: Tensor) -> Tensor | None:
+        bytes_per_token = getattr(data_module(self.trainer), "bytes_per_token", None)
+        return None if bytes_per_token is None else nats_per_token / (math.log(2) * bytes_per_token)
+
+    def setup(self, stage: str) -> None:
+        """Check that the data fit the model.
+
+        Raises:
+            ValueError: More token ids than the model has, or ``truncated_backpropagation`` over unrelated batches.
+        """
+        data = data_module(self.trainer)
+        needed, held = getattr(data, "vocab_size", None), getattr(self.model, "vocab_size", None)
+        if needed is not None and held is not None and needed > held:
+            raise ValueError(
+                f"vocab_size={held} of the model is less than the data's {needed} token ids; "
+                f"build the model with overrides={{'vocab_size': {needed}}}"
+            )
+        carries = self.hparams["truncated_backpropagation"] and stage != "predict"
+        if carries and not getattr(data, "contiguous", False):
+            raise ValueError(
+                "truncated_backpropagation=True carries states from batch to batch, but the batches of "
+                f"{type(data).__name__} do not continue one another; "
+                "use TextData(contiguous=True), or truncated_backpropagation=False"
+            )
+
+    # Truncated backpropagation through time
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the carried state, so that a run stopped in mid-epoch goes on as if it had not been.
+
+        Of several devices each carries its own, and a checkpoint holds one: there, states start afresh on resuming.
+        """
+        saved = self._carried.save("train")
+        if saved is not None and self.trainer.world_size == 1:
+            checkpoint["carried_state"] = saved
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the carried state."""
+        if "carried_state" in checkpoint:
+            self._carried.load("train", checkpoint["carried_state"], self.model)
+
+    # Optimisation, sharding
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW over the groups of ``parameter_groups`` and the schedule, stepped every optimiser step.
+
+        Raises:
+            ValueError: A bad schedule, or one without an end.
+        """
+        chosen = self.hparams
+        groups = parameter_groups(self.model, chosen["weight_decay"])
+        optimizer = torch.optim.AdamW(groups, lr=chosen["learning_rate"], betas=tuple(chosen["betas"]))
+        schedule, steps = chosen["schedule"], chosen["schedule_steps"] or self.trainer.estimated_stepping_batches
+        if math.isinf(steps) and schedule != "constant":
+            raise ValueError(
+                f"schedule={schedule!r} needs an end; set max_steps or max_epochs of the trainer, or schedule_steps"
+            )
+        scheduler = make_scheduler(
+            optimizer,
+            schedule,
+            warmup_steps=chosen["warmup_steps"],
+            max_steps=1 if math.isinf(steps) else int(steps),
+            decay_steps=chosen["decay_steps"],
+            final_fraction=chosen["final_fraction"],
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_model(self) -> None:
+        """Shard the parameters block by block (FSDP2) where the strategy brings a device mesh.
+
+        Raises:
+            ValueError: The mesh asks for tensor parallelism.
+        """
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh)
+
+
+def data_module(trainer: Trainer) -> Any:
+    """Return the data module that a trainer runs on, or None."""
+    return getattr(trainer, "datamodule", None)

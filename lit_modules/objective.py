@@ -1,0 +1,70 @@
+"""Next-token prediction: which targets a batch holds, and what each costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """The inputs and targets of a batch of token rows.
+
+    Attributes:
+        inputs: (batch, time) what the model reads.
+        targets: (batch, time) the token after each input.
+        counted: (batch, time) bool, where the target is real and of the same document as its input.
+        mask: (batch, time) bool, real inputs; None if all are.
+        doc_ids: (batch, time) the inputs' documents; None if each row is one.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    counted: Tensor
+    mask: Tensor | None
+    doc_ids: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> Self:
+        """Split a batch of ``tokens`` (batch, time + 1) with optional ``doc_ids`` and ``mask`` of the same shape.
+
+        Raises:
+            ValueError: ``tokens`` is missing or holds no target.
+        """
+        tokens = batch.get("tokens")
+        if tokens is None or tokens.dim() != 2 or tokens.shape[1] < 2:
+            shape = None if tokens is None else tuple(tokens.shape)
+            raise ValueError(
+                f"batch['tokens'] has shape {shape}; it must be (batch, time + 1) with time >= 1: inputs are "
+                f"tokens[:, :-1], targets tokens[:, 1:]"
+            )
+        mask, doc_ids = batch.get("mask"), batch.get("doc_ids")
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        counted = torch.ones_like(targets, dtype=torch.bool)
+        if mask is not None:
+            counted = mask[:, :-1] & mask[:, 1:]
+        if doc_ids is not None:
+            counted = counted & (doc_ids[:, :-1] == doc_ids[:, 1:])
+        return cls(
+            inputs,
+            targets,
+            counted,
+            None if mask is None else mask[:, :-1],
+            None if doc_ids is None else doc_ids[:, :-1],
+        )
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """Return the negative log-likelihood of every target in nats, (batch, time), at least fp32.
+
+        Args:
+            logits: (batch, time, vocabulary).
+        """
+        logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+        return F.cross_entropy(logits.flatten(0, 1), self.targets.flatten(), reduction="none").view_as(self.targets)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Return the mean over the counted targets, 0 if there are none."""
+        return losses.masked_fill(~self.counted, 0).sum() / self.counted.sum().clamp_min(1)

@@ -1,0 +1,53 @@
+"""Optimiser groups by role: matrices are decayed; vectors, embeddings and what a layer excludes are not."""
+
+from typing import Any
+
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into "matrices", decayed, and "others", not decayed.
+
+    A parameter is not decayed if it has fewer than two axes (norms, biases), if it is the weight of an ``nn.Embedding``
+    (a tied output projection included), or if a layer lists it: ``no_weight_decay``, an attribute of any module, holds
+    names of its own parameters or submodules (a neural memory's initial weights and gates).
+
+    Args:
+        model: Whose parameters to split.
+        weight_decay: Of the matrices.
+
+    Returns:
+        One or two groups for ``torch.optim``, each parameter once, with a ``name`` for logs.
+
+    Raises:
+        ValueError: A name in ``no_weight_decay`` is no parameter of its layer, or nothing is trainable.
+    """
+    excluded = _excluded(model)
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (others if id(parameter) in excluded else matrices).append(parameter)
+    if not matrices and not others:
+        raise ValueError(f"model={type(model).__name__} has no trainable parameter; unfreeze some of them")
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
+        {"params": others, "weight_decay": 0.0, "name": "others"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _excluded(model: nn.Module) -> set[int]:
+    excluded = {id(p) for p in model.parameters() if p.dim() < 2}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            excluded.add(id(module.weight))
+        for name in getattr(module, "no_weight_decay", ()):
+            listed = [id(p) for n, p in module.named_parameters() if n == name or n.startswith(f"{name}.")]
+            if not listed:
+                raise ValueError(
+                    f"no_weight_decay of {path or type(model).__name__!r} lists {name!r}, none of its parameters; "
+                    f"use a name from its named_parameters()"
+                )
+            excluded.update(listed)
+    return excluded

@@ -1,0 +1,268 @@
+"""Callbacks, the progress bar, figures, and checkpoints that survive being killed."""
+
+import io
+import json
+import os
+import signal
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from memzoo.lit_modules import (
+    AtomicCheckpointIO,
+    CausalLMModule,
+    LossFigure,
+    ProgressBar,
+    SampleText,
+    Summary,
+    TextData,
+    Throughput,
+)
+from memzoo.lit_modules.callbacks import summary_line
+from memzoo.lit_modules.checkpoint import check_checkpoint
+from memzoo.lit_modules.figures import Curve, loss_figure
+
+TEXT = "".join(chr(97 + (i * i) % 26) for i in range(1200))
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return TextData(
+        str(tmp_path / "text.txt"),
+        sequence_length=16,
+        batch_size=4,
+        validation_fraction=0.2,
+        cache_dir=tmp_path / "cache",
+    )
+
+
+def module() -> CausalLMModule:
+    torch.manual_seed(0)
+    return CausalLMModule("titans_lmm_tiny", {"dim": 16, "depth": 1, "num_heads": 1}, warmup_steps=1)
+
+
+def trainer(*callbacks, **options) -> pl.Trainer:
+    quiet = {"logger": False, "enable_model_summary": False, "accelerator": "cpu", "enable_checkpointing": False}
+    if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        quiet["enable_progress_bar"] = False
+    defaults = {"max_steps": 4, "max_epochs": -1, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    return pl.Trainer(callbacks=list(callbacks), **(quiet | defaults | {"num_sanity_val_steps": 0} | options))
+
+
+# Throughput
+
+
+def test_throughput_counts_targets_and_goes_on_after_a_resume(data, tmp_path):
+    first = Throughput()
+    run = trainer(first)
+    run.fit(module(), datamodule=data)
+    assert first.tokens == 4 * 4 * 16
+    assert run.callback_metrics["train/tokens"].item() == first.tokens
+    assert run.callback_metrics["train/tokens_per_second"].item() > 0
+    assert run.callback_metrics["train/tokens_per_second_overall"].item() > 0
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    second = Throughput()
+    trainer(second, max_steps=6).fit(module(), datamodule=data, ckpt_path=tmp_path / "it.ckpt")
+    assert second.tokens == 6 * 4 * 16
+
+
+def test_throughput_measures_the_last_steps_alone(data, monkeypatch):
+    clock = iter(range(0, 10_000, 2))  # each look at the clock is two seconds after the last
+    monkeypatch.setattr("memzoo.lit_modules.callbacks.time.monotonic", lambda: next(clock))
+    run = trainer(Throughput(window=2), val_check_interval=4, limit_val_batches=0)
+    run.fit(module(), datamodule=data)
+    assert run.callback_metrics["train/tokens_per_second"].item() == 4 * 16 / 2
+
+
+# Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_shows_loss_bits_speed_and_time_left_in_one_line(data, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    trainer(Throughput(), ProgressBar(bar_seconds=0)).fit(module(), datamodule=data)
+    shown = screen.getvalue()
+    assert shown.count("\n") == 1, "one bar, left once at the end"
+    last = shown.rstrip().rsplit("\r", 1)[-1]
+    for word in ("training 100%|", " 4/4 [", "<00:00", "loss ", "bits/byte ", "val bits/byte ", "tokens/s "):
+        assert word in last
+    assert "validating 1/" in shown
+
+
+def test_where_there_is_no_terminal_there_are_lines_and_no_control_characters(data, capsys):
+    trainer(Throughput(), ProgressBar(line_seconds=0)).fit(module(), datamodule=data)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("training 1/4 [")
+    assert lines[-1].startswith("training 4/4 [")
+    assert "val bits/byte" in lines[-1]
+    assert not any("\r" in line or "\x1b" in line for line in lines)
+    assert len(lines) == len(set(lines))
+
+
+def test_no_line_is_shown_before_its_time(data, capsys):
+    trainer(ProgressBar(line_seconds=3600)).fit(module(), datamodule=data)
+    steps = [line.split(" [")[0] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(set(steps)) == ["training 2/4", "training 4/4"]  # after each validation and at the end
+
+
+@pytest.mark.parametrize(("command", "word"), [("validate", "validating"), ("test", "testing"), ("predict", "predict")])
+def test_evaluation_has_a_bar_of_its_own(data, capsys, command, word):
+    getattr(trainer(ProgressBar(line_seconds=0)), command)(module(), datamodule=data)
+    assert f"{word}" in capsys.readouterr().out
+
+
+def test_a_disabled_bar_is_silent(data, capsys):
+    bar = ProgressBar(line_seconds=0)
+    bar.disable()
+    trainer(bar).fit(module(), datamodule=data)
+    assert capsys.readouterr().out == ""
+
+
+# Samples
+
+
+def test_the_sample_is_seeded_and_leaves_training_alone(data, capsys):
+    def weights(*callbacks):
+        lit = module()
+        trainer(*callbacks).fit(lit, datamodule=data)
+        return lit.state_dict() | {"randomness": torch.get_rng_state()}
+
+    plain = weights()
+    sampled = weights(SampleText("ab", max_new_tokens=8, every_validation=True))
+    torch.testing.assert_close(sampled, plain, rtol=0, atol=0)
+    first = capsys.readouterr().out
+    assert [line for line in first.splitlines() if "sample after" in line] == [
+        "--- sample after 2 steps ---",
+        "--- sample after 4 steps ---",
+    ]
+    weights(SampleText("ab", max_new_tokens=8, every_validation=True))
+    assert capsys.readouterr().out == first
+
+
+def test_sampling_leaves_the_mode_of_the_module(data):
+    lit, sampler = module(), SampleText("ab", max_new_tokens=1)
+    run = trainer(sampler)
+    run.fit(lit, datamodule=data)
+    for mode in (True, False):
+        lit.train(mode)
+        sampler.sample(run, lit)
+        assert lit.training is mode
+
+
+def test_a_sample_needs_a_prompt_and_a_tokenizer(data):
+    with pytest.raises(ValueError, match="prompt=''"):
+        SampleText("")
+    plain = pl.LightningDataModule()
+    plain.train_dataloader = data.train_dataloader
+    with pytest.raises(ValueError, match="SampleText needs encode"):
+        trainer(SampleText(), val_check_interval=1).fit(module(), datamodule=plain)
+
+
+# Summary, figure
+
+OUTCOME = {
+    "model": "ours",
+    "steps": 3,
+    "tokens": 2_000_000,
+    "val_bits_per_byte": 1.8,
+    "unigram_bits_per_byte": 4.5,
+}
+BASELINE = OUTCOME | {"model": "theirs", "val_bits_per_byte": 2.0}
+
+
+def test_the_summary_is_one_line_that_compares():
+    assert summary_line(OUTCOME) == ("ours: 1.800 bits/byte on validation after 2.00M tokens; unigrams need 4.500")
+    assert summary_line(OUTCOME, BASELINE).endswith("; 10.0% below theirs's 2.000 after the same tokens")
+    other = BASELINE | {"tokens": 1_000_000, "val_bits_per_byte": 1.6, "unigram_bits_per_byte": 4.6}
+    assert summary_line(OUTCOME, other).endswith(
+        "; 12.5% above theirs's 1.600 after 1.00M tokens, recorded on another text"
+    )
+
+
+def test_a_run_leaves_its_summary_and_its_figure(data, tmp_path, capsys):
+    loggers = [CSVLogger(tmp_path, "run", version=0), TensorBoardLogger(tmp_path, "run", version=0)]
+    run = trainer(Throughput(), LossFigure(), Summary(), logger=loggers, log_every_n_steps=1)
+    run.fit(module(), datamodule=data)
+    folder = tmp_path / "run" / "version_0"
+    outcome = json.loads((folder / "summary.json").read_text())
+    assert outcome["model"] == "titans_lmm_tiny"
+    assert outcome["tokens"] == 4 * 4 * 16
+    assert outcome["val_bits_per_byte"] == run.callback_metrics["val/bits_per_byte"].item()
+    held_out = data.validation_rows
+    targets = torch.cat([held_out[i]["tokens"][1:] for i in range(len(held_out))])
+    frequency = targets.bincount().double() / len(targets)
+    entropy = -(frequency * frequency.clamp_min(1e-30).log2()).sum().item()
+    assert outcome["unigram_bits_per_byte"] == pytest.approx(entropy, rel=1e-6)
+    assert summary_line(outcome) in capsys.readouterr().out
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    validation = Curve.read(folder / "metrics.csv", "val/bits_per_byte")
+    assert validation.tokens == [2 * 4 * 16, 4 * 4 * 16]
+    assert validation.values[-1] == pytest.approx(outcome["val_bits_per_byte"])
+    assert Curve.read(folder / "metrics.csv", "never/logged").values == []
+
+
+def test_a_figure_needs_a_csv_log(data):
+    with pytest.raises(ValueError, match="LossFigure draws from the CSV log"):
+        trainer(LossFigure()).fit(module(), datamodule=data)
+
+
+def test_an_unrecorded_reference_is_refused():
+    with pytest.raises(ValueError, match="recipe='titans/lmm_340m' has no recorded outcome"):
+        Summary("titans/lmm_340m")
+    with pytest.raises(ValueError, match="did you mean 'transformer/tiny'"):
+        LossFigure("transformer/tinny")
+
+
+def test_the_loss_figure_has_both_curves_and_every_level():
+    figure, axes = loss_figure(
+        Curve([1e6, 2e6], [3.0, 2.0]), Curve([2e6], [2.1]), levels={"unigrams": 4.5, "baseline": 2.2}, title="it"
+    )
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["training batches", "validation", "unigrams: 4.500", "baseline: 2.200"]
+    assert axes.get_title() == "it"
+    assert figure.axes == [axes]
+
+
+# Checkpoints
+
+
+class Kill:
+    """Pickling this kills the process in the middle of a save, with no chance to clean up."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_killed_while_it_saves_leaves_the_last_checkpoint(tmp_path):
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1, "weight": torch.ones(100)}, path)
+    child = os.fork()
+    if child == 0:
+        writer.save_checkpoint({"step": 2, "weight": torch.zeros(100_000), "kill": Kill()}, path)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    check_checkpoint("path", str(path))
+    assert writer.load_checkpoint(path)["step"] == 1
+    writer.save_checkpoint({"step": 3}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_missing_or_broken_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"ckpt_path='.*no.ckpt' does not exist"):
+        check_checkpoint("ckpt_path", str(tmp_path / "no.ckpt"))
+    broken = tmp_path / "broken.ckpt"
+    torch.save({"weight": torch.ones(1000)}, broken)
+    broken.write_bytes(broken.read_bytes()[:500])
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        check_checkpoint("ckpt_path", str(broken))
+    broken.write_text("not a checkpoint at all")
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        check_checkpoint("ckpt_path", str(broken))

@@ -1,0 +1,81 @@
+"""Recipes: all of them parse, the tiny ones run, and what they claim to have measured was measured."""
+
+import pytest
+import yaml
+
+from memzoo.lit_modules.cli import main
+from memzoo.recipes import list_recipes, read_reference, recipe_path, recipe_summary
+
+RECIPES = list_recipes()
+TINY = [name for name in RECIPES if name.endswith("tiny")]
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load(recipe_path(name).read_text())
+
+
+def test_every_recipe_of_the_package_is_found():
+    assert RECIPES == ["titans/lmm_340m", "titans/lmm_tiny", "transformer/tiny"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_parses_with_unknown_keys_refused(name, capsys):
+    assert main(["fit", "--config", f"{name}.yaml", "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["model"] == read(name)["model"]["init_args"]["model"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_header_says_what_is_trained_how_to_run_and_override_and_what_to_expect(name):
+    header = [line for line in recipe_path(name).read_text().splitlines() if line.startswith("#")]
+    assert len(header) >= 4
+    assert recipe_summary(name) == header[0].removeprefix("# ")
+    assert f"memzoo fit --config {name}.yaml" in header[1]
+    assert "--" in header[2]
+    assert any("outcome" in line for line in header)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 100)
+    small = ["--data.paths", "text.txt", "--data.cache_dir", "cache", "--data.sequence_length", "32"]
+    assert main(["fit", "--config", f"{name}.yaml", "--trainer.fast_dev_run", "true", *small]) == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_tiny_recipes_see_the_same_tokens_in_the_same_order():
+    one, other = (read(name) for name in TINY)
+    assert one["data"] == other["data"]
+    assert one["seed_everything"] == other["seed_everything"]
+    for key in ("max_steps", "max_epochs", "limit_val_batches", "gradient_clip_val", "val_check_interval"):
+        assert one["trainer"][key] == other["trainer"][key]
+    assert one["trainer"]["max_steps"] % one["trainer"]["val_check_interval"] == 0, "the last state is validated"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_recorded_outcome_is_of_the_recipe_as_it_is(name):
+    recipe, outcome = read(name), read_reference(name)
+    data, steps = recipe["data"]["init_args"], recipe["trainer"]["max_steps"]
+    assert outcome["recipe"] == name
+    assert outcome["model"] == recipe["model"]["init_args"]["model"]
+    assert outcome["tokens"] == steps * data["batch_size"] * data["sequence_length"]
+    assert outcome["val_bits_per_byte"] < outcome["unigram_bits_per_byte"] - 1.5
+
+
+def test_the_paper_recipe_trains_on_batches_of_half_a_million_tokens():
+    recipe = read("titans/lmm_340m")
+    trainer, data = recipe["trainer"], recipe["data"]["init_args"]
+    batch = data["batch_size"] * data["sequence_length"] * trainer["devices"] * trainer["accumulate_grad_batches"]
+    assert batch == 2**19
+    assert batch * trainer["max_steps"] == pytest.approx(15e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("given", ["titans/lmm_tiny", "titans/lmm_tiny.yaml"])
+def test_a_recipe_is_named_with_or_without_its_ending(given):
+    assert recipe_path(given).name == "lmm_tiny.yaml"
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ValueError, match=r"recipe='titans/lmm_tinny.yaml'.*did you mean 'titans/lmm_tiny'"):
+        recipe_path("titans/lmm_tinny.yaml")
