@@ -262,7 +262,7 @@ def _checkpointed(
     """Run a block so that the backward pass computes it again; it reports once, and its state is never donated."""
 
     def run(x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState, Trace | None]:
-        own = None if trace is None else Trace()
+        own = None if trace is None else Trace(signals=trace.wants_signals)
         y, end = block(x, state, mask=mask, doc_ids=doc_ids, trace=own)
         return y, end, own
 

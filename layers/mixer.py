@@ -113,7 +113,7 @@ class SequenceMixer(nn.Module, ABC):
     def _mix_ragged(
         self, x: Tensor, state: MixerState | None, rows: Ragged, trace: Trace | None, *, has_documents: bool
     ) -> tuple[Tensor, Any]:
-        own = None if trace is None else Trace()
+        own = None if trace is None else Trace(signals=trace.wants_signals)
         start = state
         if state is not None and has_documents:
             start = state.reorder(rows.owner)

@@ -11,6 +11,10 @@ class Trace:
     ``losses`` keeps the graph (add them to the objective); ``signals`` are detached. Names are prefixed with the
     layer's path: ``blocks.3.mixer.surprise``. With ``trace=None`` layers compute nothing for it.
 
+    Args:
+        prefix: Put before every name.
+        signals: Whether signals are wanted; if not, layers that would have to compute them leave them out.
+
     Example:
         >>> import torch
         >>> trace = Trace()
@@ -19,14 +23,15 @@ class Trace:
         ['blocks.0.gate']
     """
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", *, signals: bool = True) -> None:
         self.prefix = prefix
+        self.wants_signals = signals
         self.losses: dict[str, Tensor] = {}
         self.signals: dict[str, Tensor] = {}
 
     def scope(self, name: str) -> Self:
         """Return a view that writes into the same dicts with ``name.`` put before every name."""
-        child = type(self)(f"{self.prefix}{name}.")
+        child = type(self)(f"{self.prefix}{name}.", signals=self.wants_signals)
         child.losses, child.signals = self.losses, self.signals
         return child
 
@@ -41,12 +46,13 @@ class Trace:
         self._put(self.losses, name, value)
 
     def signal(self, name: str, value: Tensor) -> None:
-        """Record a tensor to look at; it is detached.
+        """Record a tensor to look at, detached, if signals are wanted.
 
         Raises:
             ValueError: The name was used before.
         """
-        self._put(self.signals, name, value.detach())
+        if self.wants_signals:
+            self._put(self.signals, name, value.detach())
 
     def _put(self, where: dict[str, Tensor], name: str, value: Tensor) -> None:
         path = self.prefix + name

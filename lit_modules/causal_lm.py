@@ -83,7 +83,7 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of the counted targets plus the layers' own losses."""
-        trace = Trace()
+        trace = Trace(signals=False)
         pieces, losses = self._predict(batch, batch_idx, "train", trace)
         loss = pieces.mean(losses)
         rows = len(pieces.inputs)

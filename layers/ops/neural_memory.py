@@ -154,7 +154,7 @@ def neural_memory_scan(
             max_gradient_norm=max_gradient_norm,
             has_base=grid.at_border is not None,
             has_anchor=len(towards) > 0,
-            reports_error=trace is not None,
+            reports_error=trace is not None and trace.wants_signals,
         )
         first_block = tuple(w - m for w, m in zip(start, towards, strict=True)) if towards else start
         carry, last_base, reads, errors = (*first_block, *past), first_base or start, [], []
@@ -173,7 +173,7 @@ def neural_memory_scan(
             new_weights = _where(grid.reached(0), new_weights, start)
         last_base = _where(grid.ends_at_border, new_weights, last_base)
         y = grid.join(torch.stack(reads))
-        if trace is not None:
+        if trace is not None and errors:
             trace.signal("surprise", grid.join(torch.stack(errors)[..., None])[..., 0])
     new_weights, new_momentum, last_base = (
         tuple(t.unflatten(0, (batch, heads)) for t in part) for part in (new_weights, new_momentum, last_base)

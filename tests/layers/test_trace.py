@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from memzoo.layers.neural_memory import NeuralMemory
 from memzoo.layers.trace import Trace
 
 
@@ -41,3 +42,14 @@ def test_one_name_may_be_both_a_loss_and_a_signal():
     trace.loss("x", torch.zeros(()))
     trace.signal("x", torch.zeros(()))
     assert trace.losses.keys() == trace.signals.keys() == {"x"}
+
+
+def test_unwanted_signals_are_neither_computed_nor_kept():
+    trace = Trace(signals=False)
+    scope = trace.scope("a")
+    scope.signal("x", torch.zeros(()))
+    scope.loss("y", torch.zeros(()))
+    assert not scope.wants_signals
+    assert (trace.signals, list(trace.losses)) == ({}, ["a.y"])
+    NeuralMemory(8, num_heads=1)(torch.randn(1, 3, 8), trace=scope)
+    assert trace.signals == {}
