@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memzoo.layers.errors import check_positive, check_tokens
 from memzoo.layers.mixer import check_grid
+from memzoo.layers.state import State
 
 
 class Decoder(Protocol):
@@ -67,6 +68,8 @@ def generate(
             f"use torch.Generator(device={str(tokens.device)!r})"
         )
     if state is not None:
+        if not isinstance(state, State):
+            raise ValueError(f"state is a {type(state).__name__}; pass what the model returned, or None")
         if state.batch_size != tokens.shape[0]:
             raise ValueError(
                 f"state has {state.batch_size} rows, tokens has batch {tokens.shape[0]}; "
@@ -115,7 +118,8 @@ def sample(
     """Draw a token from each row of logits, (..., vocab) -> (...)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest stays finite at any temperature
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p is not None and top_p < 1:

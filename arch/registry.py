@@ -59,8 +59,11 @@ def register_model(card: ModelCard) -> Callable[[Build], Build]:
         2
 
     Raises:
-        ValueError: The name is taken, or the return annotation is not an architecture.
+        ValueError: ``card`` is not a card, the name is taken, or the return annotation is not an architecture.
     """
+
+    if not isinstance(card, ModelCard):
+        raise ValueError(f"card={card!r} is not a ModelCard; write @register_model(CARD) with the architecture's card")
 
     def register(build: Build) -> Build:
         name = build.__name__

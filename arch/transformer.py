@@ -18,8 +18,10 @@ CARD = ModelCard(
     memory="the keys and values of every past token, or of the last `window` of them",
     written="every token",
     read="every token, by softmax attention",
-    fidelity=Fidelity.EXACT,
+    fidelity=Fidelity.DESIGN,
     choices={
+        "num_heads": "None: dim / head_dim",
+        "head_dim": "None: dim / num_heads, or 64 without either",
         "num_kv_heads": "None: as many as query heads; fewer share keys and values (grouped queries)",
         "window": "None: full causal attention; a number of keys, the token's own included, otherwise",
         "rotary_base": "10000",

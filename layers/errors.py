@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_width(name: str, x: Tensor, width: int, *, like: Tensor | None = None) -> None:
@@ -31,6 +31,21 @@ def check_width(name: str, x: Tensor, width: int, *, like: Tensor | None = None)
             f"{name} has shape {tuple(x.shape)}, but the input has (batch, time) = {tuple(like.shape[:2])}; "
             f"both must cover the same positions"
         )
+
+
+def check_dtype(name: str, x: Tensor, module: nn.Module) -> None:
+    """Require ``x`` to have the dtype of the module's parameters, unless autocast is there to make them meet.
+
+    Raises:
+        ValueError: It has another.
+    """
+    parameter = next(module.parameters(), None)
+    if parameter is None or x.dtype == parameter.dtype or torch.is_autocast_enabled(x.device.type):
+        return
+    raise ValueError(
+        f"{name} has dtype {x.dtype}, the parameters of {type(module).__name__} have {parameter.dtype}; "
+        f"cast one of them: {name}.to({parameter.dtype}), or module.to({x.dtype})"
+    )
 
 
 def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:

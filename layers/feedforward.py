@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memzoo.layers.errors import check_positive, check_width
+from memzoo.layers.errors import check_dtype, check_positive, check_width
 from memzoo.layers.registry import register_layer
 from memzoo.layers.trace import Trace
 
@@ -42,6 +42,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor, *, trace: Trace | None = None) -> Tensor:
         """Transform every token by itself; nothing is reported to ``trace``."""
         check_width("x", x, self.dim)
+        check_dtype("x", x, self)
         y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return y
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memzoo.layers.errors import check_width
+from memzoo.layers.errors import check_dtype, check_width
 from memzoo.layers.packing import Ragged, left_align, split_documents
 from memzoo.layers.state import MixerState
 from memzoo.layers.trace import Trace
@@ -92,6 +92,7 @@ class SequenceMixer(nn.Module, ABC):
             ValueError: A shape or dtype is wrong, or ``state`` is of another layer or has another batch size.
         """
         check_width("x", x, self.dim)
+        check_dtype("x", x, self)
         check_grid("mask", mask, x, boolean=True)
         check_grid("doc_ids", doc_ids, x, boolean=False)
         if state is not None and not isinstance(state, self.state_class):
@@ -105,7 +106,7 @@ class SequenceMixer(nn.Module, ABC):
                 f"use state.reorder(index) to match them, or state=None to start afresh"
             )
         if doc_ids is not None:
-            return self._mix_ragged(x, state, split_documents(doc_ids, mask), trace, has_documents=True)
+            return self._mix_ragged(x, state, split_documents(doc_ids.long(), mask), trace, has_documents=True)
         if mask is not None:
             return self._mix_ragged(x, state, left_align(mask), trace, has_documents=False)
         return self.mix(x, state, lengths=None, trace=trace, donate=donate)

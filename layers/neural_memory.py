@@ -6,6 +6,7 @@ decay (forgetting), at train and test time alike. Outer training differentiates 
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +20,7 @@ from memzoo.layers.mixer import SequenceMixer, counters
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.activations import ACTIVATIONS
 from memzoo.layers.ops.neural_memory import Weights, neural_memory_scan
+from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.registry import register_layer
 from memzoo.layers.short_conv import ShortConv, ShortConvState
 from memzoo.layers.state import MixerState
@@ -86,6 +88,7 @@ class NeuralMemory(SequenceMixer):
         The paper gives no sizes, gate activations or initial weights. Ours: sigmoid gates, one a token and head, with
         alpha starting near 0.02 and eta at 0.5; learned initial weights (theirs is W_0 = M_0), drawn with variance
         1 / fan-in and zero for a matrix; convolution width 4 as in Gated DeltaNet; output norm and gate likewise.
+        Not twice differentiable, and closed to ``torch.func``: the backward pass of the scan is written out.
         Signals: ``theta``, ``eta``, ``alpha``, ``surprise`` (norm of the error M(W_b; k) - v), each
         (batch, time, heads).
     """
@@ -131,8 +134,8 @@ class NeuralMemory(SequenceMixer):
             ("max_gradient_norm", max_gradient_norm),
             ("memory_expansion", memory_expansion),
         ):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} is not positive; use a value above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} is not positive and finite; use a finite value above 0")
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.chunk_size = chunk_size
@@ -154,7 +157,7 @@ class NeuralMemory(SequenceMixer):
         widths = [self.head_dim, *[hidden] * (memory_depth - 1), self.head_dim]
         self.query_key_value = nn.Linear(dim, 3 * inner, bias=False)
         self.conv = ShortConv(3 * inner, width=conv_width, activation="silu") if conv_width is not None else None
-        self.gates = nn.Linear(dim, 3 * num_heads)  # theta, eta, alpha
+        self.gates = nn.Linear(dim, (1 + momentum + forgetting) * num_heads)  # theta, eta, alpha: those in use
         self.initial_weights = nn.ParameterList(
             torch.empty(num_heads, d_in, d_out) for d_in, d_out in itertools.pairwise(widths)
         )
@@ -170,10 +173,9 @@ class NeuralMemory(SequenceMixer):
             # A matrix may start empty; a deeper memory of zeros would have no gradient, ever.
             std = 0.0 if len(self.initial_weights) == 1 else weight.shape[1] ** -0.5
             nn.init.normal_(weight, std=std)
-        theta, eta, alpha = self.gates.bias.view(3, self.num_heads)
-        theta.zero_()
-        eta.zero_()
-        alpha.fill_(-4.0)  # sigmoid(0) = 0.5 would forget everything within a few tokens
+        nn.init.zeros_(self.gates.bias)
+        if self.forgetting:  # sigmoid(0) = 0.5 would forget everything within a few tokens
+            self.gates.bias[-self.num_heads :] = -4.0
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -202,6 +204,8 @@ class NeuralMemory(SequenceMixer):
     ) -> tuple[Tensor, NeuralMemoryState]:
         """Write and read the memory over rows that begin at the left; see ``SequenceMixer.mix``."""
         own = cast(NeuralMemoryState | None, state)
+        if own is not None:
+            self._check_state(own)
         before, after, document = counters(state, x, lengths)
         q, k, v, conv = self._project(x, None if own is None else own.conv, lengths)
         theta, eta, alpha = self._gate_values(x)
@@ -258,14 +262,23 @@ class NeuralMemory(SequenceMixer):
     def _gate_values(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return theta, eta, alpha, each (batch, time, heads), in at least float32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             gates = F.linear(x.to(dtype), self.gates.weight.to(dtype), self.gates.bias.to(dtype))
-        theta, eta, alpha = gates.sigmoid().chunk(3, dim=-1)
-        return (
-            theta * self.max_learning_rate,
-            eta if self.momentum else None,
-            alpha if self.forgetting else torch.zeros_like(alpha),
-        )
+        values = list(gates.sigmoid().split(self.num_heads, dim=-1))
+        theta = values.pop(0) * self.max_learning_rate
+        eta = values.pop(0) if self.momentum else None
+        return theta, eta, values.pop(0) if self.forgetting else torch.zeros_like(theta)
+
+    def _check_state(self, state: NeuralMemoryState) -> None:
+        shapes = [w.shape[1:] for w in state.weights]
+        own = [w.shape for w in self.initial_weights]
+        options = (bool(state.momentum), state.conv is not None) == (self.momentum, self.conv is not None)
+        if shapes != own or not options:
+            raise ValueError(
+                f"state holds memories of {[tuple(s) for s in shapes]}, momentum={bool(state.momentum)}, "
+                f"convolution={state.conv is not None}; this layer's are {[tuple(s) for s in own]}, {self.momentum}, "
+                f"{self.conv is not None}: pass what its previous call returned, or None to start afresh"
+            )
 
 
 @register_layer("neural_memory", "mixer")

@@ -61,9 +61,10 @@ class State:
         """Move to ``device`` and cast the floating-point tensors to ``dtype``; counters keep theirs."""
         return self.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
-    def reorder(self, index: Tensor) -> Self:
+    def reorder(self, index: Tensor | Iterable[int]) -> Self:
         """Take rows of the batch: row ``i`` of the result is row ``index[i]``. Rows may repeat (beam search)."""
-        return self.map(lambda t: t.index_select(0, index.to(t.device)))
+        rows = index if isinstance(index, Tensor) else _as_tensor(list(index))
+        return self.map(lambda t: t.index_select(0, rows.to(t.device)))
 
     def reset(self, rows: Rows | None = None) -> Self:
         """Start rows afresh.
@@ -98,8 +99,11 @@ class State:
         partial = target.with_name(target.name + ".partial")
         # Copies, since tensors that share storage (a memory and its gradient base at a chunk border) are refused.
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in self.named_tensors().items()}
-        save_file(copies, partial)
-        partial.replace(target)
+        try:
+            save_file(copies, partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def load(self, path: str | Path) -> Self:
         """Read a file written by ``save`` into a state of this structure (the model's ``initial_state`` gives one).
@@ -123,6 +127,14 @@ class State:
                 f"path={str(path)!r} holds the state of another model: missing {missing[:3]}, unknown {extra[:3]}; "
                 f"load it into the model that saved it"
             )
+        for name, tensor in stored.items():
+            like = own[name]
+            first = 2 if like.dim() > 1 and like.shape[1] == 0 else 1  # an empty cache grows along its second axis
+            if (tensor.dtype, tensor.shape[first:]) != (like.dtype, like.shape[first:]):
+                raise ValueError(
+                    f"path={str(path)!r} holds {name} as {tensor.dtype} {tuple(tensor.shape)}, which does not fit "
+                    f"{like.dtype} {tuple(like.shape)}; load it into the model that saved it"
+                )
         return _rebuild(self, {name: t.to(own[name].device) for name, t in stored.items()})
 
 

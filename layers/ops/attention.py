@@ -263,7 +263,7 @@ def _choose_flash(
     """
     # Full attention of equal rows reaches a flash kernel through PyTorch itself; ragged packing does not compile.
     gains = (window is not None or lengths is not None) and not torch.compiler.is_compiling()
-    if backend == "torch" or (backend == "auto" and not (gains and q.is_cuda and is_installed("flash_attn"))):
+    if backend == "torch" or (backend == "auto" and not (gains and _flash_runs_on(q.device))):
         return False
     check_backend(backend, BACKENDS)
     obstacles = {
@@ -279,6 +279,11 @@ def _choose_flash(
     if obstacle is not None and backend != "auto":
         raise ValueError(f"backend='flash_attn' does not apply: {obstacle}, or use backend='auto'")
     return obstacle is None
+
+
+def _flash_runs_on(device: torch.device) -> bool:
+    """Whether flash-attn is installed and the device is of a generation it runs on, Ampere or later."""
+    return device.type == "cuda" and is_installed("flash_attn") and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: Tensor | None, scale: float) -> Tensor:

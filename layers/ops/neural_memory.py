@@ -16,6 +16,7 @@ from memzoo.layers.errors import check_choice, check_positive
 from memzoo.layers.ops.activations import ACTIVATIONS
 from memzoo.layers.ops.neural_memory_chunk import Chunk, ChunkSettings
 from memzoo.layers.ops.neural_memory_tables import GateTables, gate_tables
+from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.trace import Trace
 
 Weights = tuple[Tensor, ...]
@@ -131,9 +132,16 @@ def neural_memory_scan(
 
     batch, time, heads, _ = q.shape
     depth = len(weights)
-    dtype = torch.promote_types(torch.promote_types(q.dtype, weights[0].dtype), torch.float32)
+    dtype = torch.float32
+    for given in (q, theta, alpha, weights[0]):
+        dtype = torch.promote_types(dtype, given.dtype)
+    if lengths is not None:  # what lies behind a row may be NaN, and 0 * NaN would spread it
+        behind = torch.arange(time, device=q.device) >= lengths[:, None]
+        q, k, v = (x.masked_fill(behind[:, :, None, None], 0) for x in (q, k, v))
+        theta, alpha = (gate.masked_fill(behind[:, :, None], 0) for gate in (theta, alpha))
+        eta = None if eta is None else eta.masked_fill(behind[:, :, None], 0)
     grid = ChunkGrid.lay_out(batch, time, heads, chunk_size, position, lengths, q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         q, k, v, theta, alpha = (grid.cut(t.to(dtype)) for t in (q, k, v, theta, alpha))
         kept = torch.zeros_like(theta) if eta is None else grid.cut(eta.to(dtype))
         tables = gate_tables(theta, kept, alpha, grid.real)
@@ -350,8 +358,11 @@ def _check(
             raise ValueError(
                 f"{name} has shape {tuple(gate.shape)}; it must be (batch, time, heads) = {(batch, time, heads)}"
             )
-    if not weights:
-        raise ValueError("weights=() is no memory; pass one (batch, heads, d_in, d_out) matrix a layer")
+    if not isinstance(weights, tuple | list) or not weights:
+        given = "()" if not isinstance(weights, Tensor) else "Tensor"
+        raise ValueError(
+            f"weights={given} is no memory; pass a tuple with one (batch, heads, d_in, d_out) matrix a layer"
+        )
     for i, w in enumerate(weights):
         if w.dim() != 4 or w.shape[:3] != (batch, heads, width):
             raise ValueError(
@@ -361,6 +372,8 @@ def _check(
         width = w.shape[3]
     if v.shape != (batch, time, heads, width):
         raise ValueError(f"v has shape {tuple(v.shape)}; it must be {(batch, time, heads, width)}: the memory's output")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one floating-point dtype")
     for name, part in others.items():
         if part and [t.shape for t in part] != [w.shape for w in weights]:
             shapes = [tuple(t.shape) for t in part]

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memzoo.layers.ops.activations import ACTIVATIONS
+from memzoo.layers.ops.precision import no_autocast
 
 Tensors = tuple[Tensor, ...]
 
@@ -134,7 +135,8 @@ class Chunk(torch.autograd.Function):
         saved = ctx.saved_tensors
         work = ChunkWork.unpack(ctx.lengths, saved[ctx.given :])
         d_new = grads[1 : 1 + settings.blocks * settings.depth]
-        return (None, *chunk_backward(settings, saved[: ctx.given], work, grads[0], d_new))
+        with no_autocast(grads[0].device):  # the caller's may be on
+            return (None, *chunk_backward(settings, saved[: ctx.given], work, grads[0], d_new))
 
 
 def chunk_forward(

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice
+from memzoo.layers.ops.backend import check_backend
 
 ACTIVATIONS = ("silu", None)
 
@@ -17,6 +18,7 @@ def short_conv(
     *,
     activation: str | None = None,
     lengths: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Convolve every channel with its own causal filter: ``y_t = act(bias + sum_i weight_i x_{t - width + 1 + i})``.
 
@@ -29,6 +31,7 @@ def short_conv(
         state: The ``width - 1`` inputs before ``x``; None (or zeros) at a start.
         activation: ``"silu"`` or None.
         lengths: Tokens that exist in each row; outputs to their right are arbitrary. None if all exist.
+        backend: ``"torch"`` or ``"auto"``, which is the same.
 
     Shape:
         x: (batch, time, channels). weight: (channels, width). bias: (channels,). lengths: (batch,).
@@ -37,6 +40,7 @@ def short_conv(
     Raises:
         ValueError: A shape or the activation is wrong.
     """
+    check_backend(backend, ("torch",))
     _check(x, weight, bias, state, activation, lengths)
     batch, time, channels = x.shape
     width = weight.shape[1]

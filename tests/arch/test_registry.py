@@ -96,6 +96,8 @@ def test_names_match_shell_patterns_and_sort_numbers_by_value() -> None:
 @pytest.mark.usefixtures("empty_registry")
 def test_a_name_is_registered_once() -> None:
     register_toy("toy_tiny")
+    with pytest.raises(ValueError, match="is not a ModelCard"):
+        register_model(lambda **overrides: None)  # type: ignore[arg-type]  # written without its card
     with pytest.raises(ValueError, match="name='toy_tiny' is already registered; rename"):
         register_toy("toy_tiny")
 

@@ -19,6 +19,7 @@ def installed(monkeypatch):
     names: set[str] = set()
     for module in (backend, op):
         monkeypatch.setattr(module, "is_installed", lambda library: library in names)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return names
 
 
@@ -80,11 +81,14 @@ def test_flash_attn_is_refused_where_it_does_not_apply_and_not_chosen_by_auto(in
     assert not op._choose_flash("auto", **FITTING | change)
 
 
-def test_auto_takes_flash_attn_for_windows_and_ragged_rows_where_it_is_installed(installed):
+def test_auto_takes_flash_attn_for_windows_and_ragged_rows_where_it_is_installed(installed, monkeypatch):
     ragged = FITTING | {"window": None, "lengths": torch.ones(1)}
     assert not op._choose_flash("auto", **FITTING)
     installed.add("flash_attn")
     assert op._choose_flash("auto", **FITTING)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not op._choose_flash("auto", **FITTING), "Turing"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert op._choose_flash("auto", **ragged)
     assert not op._choose_flash("torch", **FITTING)
     assert not op._choose_flash("auto", **ragged | {"lengths": None})

@@ -43,6 +43,10 @@ def tokens(batch: int = 2, time: int = 8, seed: int = 0) -> Tensor:
     return torch.randn(batch, time, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def gate_names(layer: NeuralMemory) -> list[str]:
+    return ["theta", *["eta"] * layer.momentum, *["alpha"] * layer.forgetting]
+
+
 def by_the_equations(layer: NeuralMemory, x: Tensor) -> tuple[Tensor, ...]:
     """Section 4.4 of the paper around the loop over tokens, from the layer's parameters alone."""
     qkv = []
@@ -53,15 +57,15 @@ def by_the_equations(layer: NeuralMemory, x: Tensor) -> tuple[Tensor, ...]:
             z = F.conv1d(F.pad(z.mT, (taps.shape[1] - 1, 0)), taps[:, None], groups=len(taps)).mT
         qkv.append(F.silu(z).unflatten(-1, (layer.num_heads, -1)))
     q, k, v = qkv
-    theta, eta, alpha = layer.gates(x).sigmoid().unflatten(-1, (3, -1)).unbind(2)
+    gates = dict(zip(gate_names(layer), layer.gates(x).sigmoid().split(layer.num_heads, -1), strict=True))
     initial = tuple(w.expand(len(x), *w.shape) for w in layer.initial_weights)
     y, *state = reference.neural_memory_scan(
         q / q.norm(dim=-1, keepdim=True),
         k / k.norm(dim=-1, keepdim=True),
         v,
-        layer.max_learning_rate * theta,
-        eta if layer.momentum else None,
-        alpha if layer.forgetting else 0 * alpha,
+        layer.max_learning_rate * gates["theta"],
+        gates.get("eta"),
+        gates.get("alpha", 0 * gates["theta"]),
         initial,
         chunk_size=layer.chunk_size,
         activation=layer.activation,
@@ -306,6 +310,7 @@ def test_trace_shows_gates_and_surprise():
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"memory_depth": 0}, "memory_depth=0"),
         ({"memory_expansion": 0.0}, "memory_expansion=0.0"),
+        ({"memory_expansion": math.inf}, "memory_expansion=inf"),
         ({"memory_expansion": 0.1}, "memory_expansion=0.1"),
         ({"conv_width": 0}, "conv_width=0"),
         ({"read": "mid"}, "read='mid'"),
@@ -334,6 +339,18 @@ def test_bad_options_are_refused_by_name(options, message):
         (torch.zeros(2, 3, 8), {"doc_ids": torch.ones(2, 3)}, "doc_ids has dtype"),
         (torch.zeros(2, 3, 8), {"state": NeuralMemory(8, num_heads=2).initial_state(3)}, "state has 3 rows"),
         (torch.zeros(2, 3, 8), {"state": Attention(8, num_heads=2).initial_state(2)}, "state is a AttentionState"),
+        (torch.zeros(2, 3, 8), {"state": NeuralMemory(8, num_heads=1).initial_state(2)}, "state holds memories of"),
+        (
+            torch.zeros(2, 3, 8),
+            {"state": NeuralMemory(8, num_heads=2, momentum=False).initial_state(2)},
+            "momentum=False",
+        ),
+        (
+            torch.zeros(2, 3, 8),
+            {"state": NeuralMemory(8, num_heads=2, conv_width=None).initial_state(2)},
+            "convolution=False",
+        ),
+        (torch.zeros(2, 3, 8, dtype=torch.float64), {}, "x has dtype torch.float64, the parameters"),
     ],
 )
 def test_bad_inputs_are_refused_by_name(x, arguments, message):

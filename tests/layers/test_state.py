@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from memzoo.layers.neural_memory import NeuralMemory
 from memzoo.layers.state import MixerState, State
 
 
@@ -163,3 +164,16 @@ def test_loading_a_file_that_is_no_state_is_refused(tmp_path):
     path.write_bytes(b"not a state")
     with pytest.raises(ValueError, match=r"memory.safetensors.*is not a saved state.*state.save"):
         make().load(path)
+
+
+def test_a_file_with_other_shapes_is_refused(tmp_path):
+    narrow, wide = (NeuralMemory(dim, num_heads=1).initial_state(2) for dim in (8, 16))
+    narrow.save(tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match=r"as torch.float32 \(2, .* does not fit"):
+        wide.load(tmp_path / "state.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_rows_can_be_reordered_by_a_list():
+    state = NeuralMemory(8, num_heads=1).initial_state(2)
+    assert state.reorder([0, 0, 1]).batch_size == 3
