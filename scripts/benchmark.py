@@ -170,10 +170,10 @@ def verdicts(case: Case, rows: list[Row]) -> list[str]:
         if name in by_name:
             ratio = rate(rows[0]) / rate(by_name[name])
             found.append(f"- {_verdict(ratio >= least)}: at least {least:g}x {name}: {ratio:.1f}x")
-    if case.targets and rows[0]["peak_bytes"] and any("exact" in name and "128 tokens" not in name for name in by_name):
-        exact = next(row for name, row in by_name.items() if "exact" in name)
-        part = int(rows[0]["peak_bytes"]) / int(exact["peak_bytes"])
-        found.append(f"- {_verdict(part <= 0.1)}: at most a tenth of the exact mode's peak memory: {part:.3f}")
+    for name, most in case.most_memory.items():
+        if name in by_name:
+            part = int(rows[0]["peak_bytes"]) / int(by_name[name]["peak_bytes"])
+            found.append(f"- {_verdict(part <= most)}: at most {most:g} of the peak extra memory of {name}: {part:.3f}")
     if case.least_share is not None:
         for row in rows:
             if row["flops"]:

@@ -44,7 +44,8 @@ class Case:
         variants: The first is ours.
         growth: Variants are lengths in increasing order: fit an exponent of time over tokens.
         targets: Least ratio of ours to a variant's tokens/s, by the variant's name.
-        least_share: Least share of the measured matmul rate for the first variant with ``flops``, or None.
+        most_memory: Largest part of a variant's peak extra memory that ours may take, by the variant's name.
+        least_share: Least share of the measured matmul rate for every variant with ``flops``, or None.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case:
     variants: list[Variant]
     growth: bool = False
     targets: dict[str, float] = field(default_factory=dict)
+    most_memory: dict[str, float] = field(default_factory=dict)
     least_share: float | None = None
 
 
@@ -205,6 +207,7 @@ CASES = [
             _titans_pytorch(DEFAULT, 2, 1024, 1, chunk=64, base_every=None),
         ],
         targets={EXACT: 40.0, CHUNKED: 2.0},
+        most_memory={EXACT: 0.1},
     ),
     Case(
         "neural_memory_four_heads",
