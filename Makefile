@@ -9,6 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 # The folders here are the package's sources; the tests run against the installed package.
 export PYTHONSAFEPATH := 1
 
+.NOTPARALLEL:
 .PHONY: demo test test-all test-gpu lint types develop benchmark clean
 
 demo: $(VENV)/.installed
@@ -43,7 +44,8 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11; install a newer one and run: make PYTHON=python3.11" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "no virtual environment; on Debian: apt install python3-venv" >&2; exit 2; }
 
 # Dependencies once a pyproject.toml, the package itself whenever a source is newer. build/ may hold files that were
 # removed since, and setuptools would put them into the wheel.

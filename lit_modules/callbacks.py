@@ -169,6 +169,7 @@ class Summary(Callback):
     def __init__(self, reference: str | None = None) -> None:
         self.reference = None if reference is None else read_reference(reference)
         self._began = 0.0
+        self._measured_at: tuple[int, int | None] = (0, None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -199,9 +200,18 @@ class Summary(Callback):
             entropy = self._unigrams.compute() / bytes_per_token
             pl_module.log("val/unigram_bits_per_byte", entropy, sync_dist=True)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember when it was measured: a run may go on after its last validation."""
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        counters = [callback.tokens for callback in callbacks if isinstance(callback, Throughput)]
+        self._measured_at = (trainer.global_step, counters[0] if counters else None)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line and write the file, if a validation has measured anything."""
-        if not trainer.is_global_zero or "val/bits_per_byte" not in trainer.callback_metrics:
+        if not trainer.is_global_zero:
+            return
+        if "val/bits_per_byte" not in trainer.callback_metrics:
+            say(trainer, f"{_name(pl_module.model)}: no validation was run, so there is nothing to compare")
             return
         outcome = self.measured(trainer, pl_module)
         if trainer.log_dir is not None and not _is_trial(trainer):
@@ -212,14 +222,13 @@ class Summary(Callback):
     def measured(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return what the run measured."""
         metrics = trainer.callback_metrics
-        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-        counters = [callback.tokens for callback in callbacks if isinstance(callback, Throughput)]
         model: Any = pl_module.model
+        steps, tokens = self._measured_at
         return {
             "model": _name(model),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "steps": trainer.global_step,
-            "tokens": counters[0] if counters else None,
+            "steps": steps,
+            "tokens": tokens,
             "val_bits_per_byte": float(metrics["val/bits_per_byte"]),
             "unigram_bits_per_byte": float(metrics["val/unigram_bits_per_byte"]),
             "seconds": round(time.monotonic() - self._began, 1),
@@ -313,4 +322,4 @@ def _is_trial(trainer: Trainer) -> bool:
 
 
 def _tokens(outcome: Mapping[str, Any]) -> str:
-    return f"{outcome['tokens'] / 1e6:.2f}M tokens" if outcome["tokens"] else f"{outcome['steps']} steps"
+    return f"{outcome['tokens']:,} tokens" if outcome["tokens"] else f"{outcome['steps']} steps"

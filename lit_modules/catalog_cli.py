@@ -137,7 +137,7 @@ def run_recipes(command: str, options: list[str]) -> None:
             table.add_row(name, recipe_summary(name))
         _show(table)
     elif chosen.action == "cat":
-        print(recipe_path(chosen.cat.name).read_text(), end="")
+        print(recipe_path(chosen.cat.name).read_text(encoding="utf-8"), end="")
     else:
         source, target = recipe_path(chosen.cp.name), Path(chosen.cp.target)
         target = target / source.name if target.is_dir() else target

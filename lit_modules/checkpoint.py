@@ -51,7 +51,9 @@ def check_checkpoint(name: str, path: str) -> None:
     try:
         if not is_zipfile(file):
             raise ValueError("it is cut off, or something else")
-        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(stored, dict) or not {"state_dict", "pytorch-lightning_version"} <= stored.keys():
+            raise ValueError("it holds something other than a Lightning run")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

@@ -7,6 +7,7 @@ stderr and exit code 2; with MEMZOO_TRACEBACK=1 in the environment it ends in th
 
 import os
 import re
+import signal
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from importlib import import_module
 COMMANDS = {
     "fit": ("train a model", "train_cli", "run"),
     "validate": ("measure a checkpoint on the validation data", "train_cli", "run"),
-    "test": ("measure a checkpoint on the test data", "train_cli", "run"),
+    "test": ("measure a checkpoint on the test data (TextData: the validation split)", "train_cli", "run"),
     "predict": ("run a checkpoint over data", "train_cli", "run"),
     "list": ("name the models and layers", "catalog_cli", "run_list"),
     "info": ("show a model or layer: parts, parameters, state, provenance", "catalog_cli", "run_info"),
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, raised when the process is told to end
+            return 128 + signal.SIGTERM
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return 130

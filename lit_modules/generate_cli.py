@@ -1,6 +1,7 @@
 """``memzoo generate``: continue a text with a checkpoint, token by token."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -50,8 +51,16 @@ def generate_text(
     if not prompt:
         raise ValueError("prompt='' gives the model nothing to continue; pass at least one character")
     check_checkpoint("checkpoint", checkpoint)
+    if not Path(checkpoint).is_file():
+        raise ValueError(f"checkpoint={checkpoint!r} is not a file; pass a .ckpt file that a run has written")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} is not here; use device='cpu'")
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     trained_with = stored.get("datamodule_hyper_parameters", {}).get("tokenizer", "bytes")
+    if not isinstance(stored.get("hyper_parameters", {}).get("model"), str):
+        raise ValueError(
+            f"checkpoint={checkpoint!r} does not name its model; load it in Python with load_from_checkpoint"
+        )
     coder = load_tokenizer(tokenizer or trained_with)
     model = CausalLMModule.load_from_checkpoint(checkpoint, map_location=device).eval().model
     tokens = torch.tensor([coder.encode(prompt)], device=device)

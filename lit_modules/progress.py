@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 # Logged name -> what the bar calls it, and how it is written.
 _LABELS = {
-    "train/loss": ("loss", "{:.3f}"),
-    "train/bits_per_byte": ("bits/byte", "{:.3f}"),
-    "val/bits_per_byte": ("val bits/byte", "{:.3f}"),
-    "train/tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "train/loss": ("loss", "{:.2f}"),
+    "train/bits_per_byte": ("bits/byte", "{:.2f}"),
+    "train/tokens_per_second": ("tokens/s", "{:.0f}"),
+    "val/bits_per_byte": ("val", "{:.3f}"),  # last: what a narrow terminal cuts off
 }
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_BAR = "{desc}|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _ENDLESS = "{desc} {n_fmt} [{elapsed}{postfix}]"
 

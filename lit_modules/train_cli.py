@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -45,6 +46,26 @@ class MemzooCLI(LightningCLI):
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path is not None and path not in ("best", "last", "hpc", "registry"):
             check_checkpoint("ckpt_path", path)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the architecture from the checkpoint, and nothing else.
+
+        Lightning would put all of the checkpoint's options in place of the command line's, the model's name included.
+
+        Raises:
+            ValueError: The checkpoint is of another model.
+        """
+        chosen = self.config[self.config.subcommand]
+        path, arguments = chosen.get("ckpt_path"), chosen["model"].get("init_args", {})
+        if not path or not Path(path).is_file() or not isinstance(arguments.get("model"), str):
+            return
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+        if stored.get("model", arguments["model"]) != arguments["model"]:
+            raise ValueError(
+                f"ckpt_path={path!r} holds a {stored['model']}, the configuration names model={arguments['model']!r}; "
+                f"pass a checkpoint of that model, or the config.yaml of the run that wrote this one"
+            )
+        arguments["overrides"] = {**(stored.get("overrides") or {}), **(arguments.get("overrides") or {})}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer, its loggers agreed on the number of the run.

@@ -34,7 +34,7 @@ def recipe_path(name: str) -> Path:
 
 def recipe_summary(name: str) -> str:
     """Return the first line of a recipe's header."""
-    with recipe_path(name).open() as file:
+    with recipe_path(name).open(encoding="utf-8") as file:
         return file.readline().lstrip("# ").rstrip()
 
 
@@ -52,7 +52,7 @@ def read_reference(name: str) -> dict[str, Any]:
     path = reference_path(name)
     if not path.exists():
         raise ValueError(f"recipe={name!r} has no recorded outcome; run `python scripts/record_reference.py {name}`")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _root() -> Path:

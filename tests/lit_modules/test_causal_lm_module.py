@@ -1,7 +1,9 @@
 """CausalLMModule: the objective, exact validation, carried states, resuming, checkpoints."""
 
 import math
+import os
 from collections.abc import Sequence
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import pytest
@@ -287,9 +289,11 @@ def test_a_checkpoint_of_a_module_loads_into_a_module(tmp_path):
 
 @pytest.fixture
 def process_group():
-    """Leave no process group behind for other tests."""
-    yield
-    torch.distributed.destroy_process_group()
+    """Leave nothing of a distributed run behind: the group, its environment, the threads that a launcher sets."""
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+        yield
+        torch.distributed.destroy_process_group()
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.usefixtures("process_group")

@@ -165,6 +165,39 @@ def test_options_override_the_config_down_to_the_models_arguments(folder, capsys
     assert arguments["overrides"] == {"dim": 16, "depth": 1, "num_heads": 1, "chunk_size": 8}
 
 
+def test_of_a_checkpoint_only_the_architecture_is_taken(folder, capsys):
+    assert main(["fit", "--config", "tiny.yaml", "--model.overrides.chunk_size", "8"]) == 0
+    checkpoint = str(folder / "out" / "last.ckpt")
+    bare = config(model__init_args__overrides=None)
+    words = ["--model.learning_rate", "0.5", "--trainer.max_steps", "5", "--ckpt_path", checkpoint]
+    assert main(["fit", "--config", bare, *words]) == 0
+    stored = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
+    assert stored["overrides"] == {"dim": 16, "depth": 1, "num_heads": 1, "chunk_size": 8}
+    assert stored["learning_rate"] == 0.5
+    capsys.readouterr()
+    other = config(model__init_args__model="transformer_tiny")
+    assert main(["validate", "--config", other, "--ckpt_path", checkpoint]) == 2
+    assert "holds a titans_lmm_tiny, the configuration names model='transformer_tiny'" in capsys.readouterr().err
+
+
+def test_what_is_no_checkpoint_of_a_run_is_refused(folder, capsys):
+    torch.save({"weight": torch.ones(3)}, "weights.ckpt")
+    Path("folder.ckpt").mkdir()
+    for path, words in (("weights.ckpt", "something other than a Lightning run"), ("folder.ckpt", "is not a file")):
+        assert main(["generate", "--checkpoint", path]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_run_told_to_end_says_so_by_its_exit_code(monkeypatch):
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    def stop(words):
+        raise SIGTERMException
+
+    monkeypatch.setattr("memzoo.lit_modules.cli._run", stop)
+    assert main(["fit"]) == 128 + signal.SIGTERM
+
+
 def test_a_local_file_comes_before_a_recipe_of_that_name(folder, capsys):
     Path("titans").mkdir()
     Path("titans/lmm_tiny.yaml").write_text(TINY)

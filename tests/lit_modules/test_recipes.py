@@ -61,6 +61,7 @@ def test_a_recorded_outcome_is_of_the_recipe_as_it_is(name):
     assert outcome["model"] == recipe["model"]["init_args"]["model"]
     assert outcome["tokens"] == steps * data["batch_size"] * data["sequence_length"]
     assert outcome["val_bits_per_byte"] < outcome["unigram_bits_per_byte"] - 1.5
+    assert outcome["seconds"] < 180, "what the recipe's header promises"
 
 
 def test_the_paper_recipe_trains_on_batches_of_half_a_million_tokens():
