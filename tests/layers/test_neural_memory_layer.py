@@ -356,3 +356,9 @@ def test_bad_options_are_refused_by_name(options, message):
 def test_bad_inputs_are_refused_by_name(x, arguments, message):
     with pytest.raises(ValueError, match=message):
         NeuralMemory(8, num_heads=2)(x, **arguments)
+
+
+def test_shapes_can_be_traced_on_the_meta_device():
+    with torch.device("meta"):
+        y, state = NeuralMemory(8, num_heads=2, chunk_size=4)(torch.empty(2, 6, 8))
+    assert (y.shape, y.device.type, state.weights[0].shape) == ((2, 6, 8), "meta", (2, 2, 4, 8))
