@@ -272,10 +272,10 @@ class NeuralMemory(SequenceMixer):
     def _check_state(self, state: NeuralMemoryState) -> None:
         shapes = [w.shape[1:] for w in state.weights]
         own = [w.shape for w in self.initial_weights]
-        options = (bool(state.momentum), state.conv is not None) == (self.momentum, self.conv is not None)
+        options = (len(state.momentum) > 0, state.conv is not None) == (self.momentum, self.conv is not None)
         if shapes != own or not options:
             raise ValueError(
-                f"state holds memories of {[tuple(s) for s in shapes]}, momentum={bool(state.momentum)}, "
+                f"state holds memories of {[tuple(s) for s in shapes]}, momentum={len(state.momentum) > 0}, "
                 f"convolution={state.conv is not None}; this layer's are {[tuple(s) for s in own]}, {self.momentum}, "
                 f"{self.conv is not None}: pass what its previous call returned, or None to start afresh"
             )
