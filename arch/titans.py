@@ -37,7 +37,7 @@ LMM_CARD = ModelCard(
         "output_gate": "the read-out is multiplied by SiLU of a linear gate, before the output projection",
         "initial weights": "learned per head, variance 1 / fan-in (zero at a depth of 1); initial momentum zero",
         "decay_to_init": "off: forgetting decays to zero, where a deep memory is dead; on in titans_lmm_tiny",
-        "max_gradient_norm": "off; 1.0 in titans_lmm_tiny, which keeps it stable far beyond the trained length",
+        "max_gradient_norm": "off; 1.0 in titans_lmm_tiny, which bounds every step of the memory",
         "hidden_dim": "SwiGLU of 8/3 dim, rounded up to a multiple of 64",
         "tie_embeddings": "on",
     },

@@ -86,7 +86,7 @@ class NeuralMemory(SequenceMixer):
 
     Note:
         The paper gives no sizes, gate activations or initial weights. Ours: sigmoid gates, one a token and head, with
-        alpha starting near 0.02 and eta at 0.5; learned initial weights (theirs is W_0 = M_0), drawn with variance
+        alpha starting near 0.02 and eta at 0.5; learned initial weights M_0, drawn with variance
         1 / fan-in and zero for a matrix; convolution width 4 as in Gated DeltaNet; output norm and gate likewise.
         Not twice differentiable, and closed to ``torch.func``: the backward pass of the scan is written out.
         Signals: ``theta``, ``eta``, ``alpha``, ``surprise`` (norm of the error M(W_b; k) - v), each
