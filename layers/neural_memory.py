@@ -209,11 +209,7 @@ class NeuralMemory(SequenceMixer):
         before, after, document = counters(state, x, lengths)
         q, k, v, conv = self._project(x, None if own is None else own.conv, lengths)
         theta, eta, alpha = self._gate_values(x)
-        initial = tuple(w.expand(x.shape[0], *w.shape) for w in self.initial_weights)
-        weights = initial
-        if own is not None:
-            fresh = (before == 0).view(-1, 1, 1, 1)
-            weights = tuple(torch.where(fresh, w0, w) for w0, w in zip(initial, own.weights, strict=True))
+        initial = self._initial(x.shape[0])
         y, weights, momentum, base = neural_memory_scan(
             q,
             k,
@@ -221,7 +217,7 @@ class NeuralMemory(SequenceMixer):
             theta,
             eta,
             alpha,
-            weights,
+            self.current_weights(own, x.shape[0]),
             None if own is None else own.momentum,
             chunk_size=self.chunk_size,
             activation=self.activation,
@@ -239,12 +235,66 @@ class NeuralMemory(SequenceMixer):
             for name, gate in (("theta", theta), ("eta", eta), ("alpha", alpha)):
                 if gate is not None:
                     trace.signal(name, gate)
-        y = y.flatten(2).to(q.dtype)
+        return self.output(y, x), NeuralMemoryState(after, document, weights, momentum, base, conv)
+
+    def current_weights(self, state: NeuralMemoryState | None, batch_size: int) -> Weights:
+        """Return the memory that a token read now would see, one (batch, heads, d_in, d_out) a memory layer.
+
+        Args:
+            state: What a call returned; rows that have read nothing, and all if it is None, hold the learned M_0.
+            batch_size: Rows.
+        """
+        initial = self._initial(batch_size)
+        if state is None:
+            return initial
+        fresh = (state.position == 0).view(-1, 1, 1, 1)
+        return tuple(torch.where(fresh, w0, w) for w0, w in zip(initial, state.weights, strict=True))
+
+    def queries(
+        self, x: Tensor, tail: ShortConvState | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, ShortConvState | None]:
+        """Return the queries of a stream that is only read, and the state of its own convolution.
+
+        Args:
+            x: Tokens.
+            tail: What the previous call on this stream returned; None at its start.
+            lengths: Tokens that exist in each row, from the left; all by default.
+
+        Shape:
+            x: (batch, time, dim). Returns (batch, time, heads, head_dim), and None without a convolution.
+        """
+        inner = self.num_heads * self.head_dim
+        projected = F.linear(x, self.query_key_value.weight[:inner])
+        if self.conv is None:
+            projected, tail = F.silu(projected), None
+        else:
+            projected, tail = self.conv(projected, tail, lengths=lengths, channels=slice(inner))
+        return _unit(projected.unflatten(-1, (self.num_heads, self.head_dim))), tail
+
+    def recall(self, q: Tensor, weights: Weights) -> Tensor:
+        """Ask the memory, write nothing: M(weights; q), (batch, time, heads, head_dim) for queries of that shape.
+
+        Computed in at least float32, like the memory that is written.
+        """
+        value = ACTIVATIONS[self.activation].value
+        with no_autocast(q.device):
+            y = q.transpose(1, 2).to(torch.promote_types(q.dtype, weights[0].dtype))
+            for i, w in enumerate(weights):
+                y = (value(y) if i else y) @ w
+        return y.transpose(1, 2)
+
+    def output(self, y: Tensor, x: Tensor) -> Tensor:
+        """Turn what the heads read for the tokens ``x`` into (batch, time, dim): norm, gate, projection."""
+        y = y.flatten(2).to(x.dtype)
         if self.output_norm is not None:
             y = self.output_norm(y)
         if self.output_gate is not None:
             y = y * F.silu(self.output_gate(x))
-        return self.out(y), NeuralMemoryState(after, document, weights, momentum, base, conv)
+        projected: Tensor = self.out(y)
+        return projected
+
+    def _initial(self, batch_size: int) -> Weights:
+        return tuple(w.expand(batch_size, *w.shape) for w in self.initial_weights)
 
     def _project(
         self, x: Tensor, tail: ShortConvState | None, lengths: Tensor | None
@@ -256,8 +306,7 @@ class NeuralMemory(SequenceMixer):
         else:
             projected, tail = self.conv(projected, tail, lengths=lengths)
         q, k, v = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        # Below 1e-4, a norm that float16 still holds, keys shrink instead: a token of zeros has a tame gradient.
-        return F.normalize(q, dim=-1, eps=1e-4), F.normalize(k, dim=-1, eps=1e-4), v, tail
+        return _unit(q), _unit(k), v, tail
 
     def _gate_values(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return theta, eta, alpha, each (batch, time, heads), in at least float32."""
@@ -279,6 +328,11 @@ class NeuralMemory(SequenceMixer):
                 f"convolution={state.conv is not None}; this layer's are {[tuple(s) for s in own]}, {self.momentum}, "
                 f"{self.conv is not None}: pass what its previous call returned, or None to start afresh"
             )
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Scale to unit length. Below 1e-4, a norm that float16 still holds, shrink: zeros have a tame gradient."""
+    return F.normalize(x, dim=-1, eps=1e-4)
 
 
 @register_layer("neural_memory", "mixer")

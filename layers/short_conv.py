@@ -60,7 +60,12 @@ class ShortConv(nn.Module):
         return ShortConvState(tail)
 
     def forward(
-        self, x: Tensor, state: ShortConvState | None = None, *, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        state: ShortConvState | None = None,
+        *,
+        lengths: Tensor | None = None,
+        channels: slice = slice(None),
     ) -> tuple[Tensor, ShortConvState]:
         """Convolve a piece of every row's sequence.
 
@@ -68,12 +73,14 @@ class ShortConv(nn.Module):
             x: The tokens.
             state: What the previous call returned; None starts afresh. Never changed in place.
             lengths: Tokens that exist in each row; outputs to their right are arbitrary. None if all exist.
+            channels: The channels that ``x`` and ``state`` hold; all by default.
         """
-        check_width("x", x, self.weight.shape[0])
+        weight, bias = self.weight[channels], None if self.bias is None else self.bias[channels]
+        check_width("x", x, weight.shape[0])
         y, tail = short_conv(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             None if state is None else state.tail,
             activation=self.activation,
             lengths=lengths,

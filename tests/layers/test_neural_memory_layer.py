@@ -362,3 +362,28 @@ def test_shapes_can_be_traced_on_the_meta_device():
     with torch.device("meta"):
         y, state = NeuralMemory(8, num_heads=2, chunk_size=4)(torch.empty(2, 6, 8))
     assert (y.shape, y.device.type, state.weights[0].shape) == ((2, 6, 8), "meta", (2, 2, 4, 8))
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_depth": 1}, {"conv_width": None, "output_gate": False}])
+def test_06_a_memory_that_is_only_read_is_one_whose_gates_are_shut(options: dict[str, Any]) -> None:
+    layer, x = build(**options), tokens()
+    torch.nn.init.zeros_(layer.gates.weight)
+    torch.nn.init.constant_(layer.gates.bias, -math.inf)  # theta = eta = alpha = 0
+    y, end = layer(x)
+    weights = layer.current_weights(end, 2)
+    head, tail = layer.queries(x[:, :3])
+    rest, _ = layer.queries(x[:, 3:], tail)
+    read = layer.output(layer.recall(torch.cat([head, rest], 1), weights), x)
+    assert_close(read, y)
+    assert_same_bits(weights, layer.current_weights(None, 2))
+
+
+def test_current_weights_are_learned_ones_in_fresh_rows_only() -> None:
+    layer = build()
+    _, state = layer(tokens())
+    state = state.reset([False, True])
+    for now, written, learned in zip(
+        layer.current_weights(state, 2), state.weights, layer.initial_weights, strict=True
+    ):
+        assert torch.equal(now[0], written[0])
+        assert torch.equal(now[1], learned)

@@ -160,3 +160,13 @@ def test_arguments_that_do_not_fit_are_named(change, words):
 def test_an_input_of_another_width_is_refused_by_the_layer():
     with pytest.raises(ValueError, match=r"x has shape \(1, 2, 5\).*built for 3"):
         ShortConv(3)(torch.zeros(1, 2, 5))
+
+
+def test_a_slice_of_the_channels_is_that_slice_of_the_whole() -> None:
+    conv = ShortConv(6, width=3, bias=True).double()
+    nn.init.normal_(conv.bias)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    whole, end = conv(x)
+    part, part_end = conv(x[..., 2:4], channels=slice(2, 4))
+    assert torch.equal(part, whole[..., 2:4])
+    assert torch.equal(part_end.tail, end.tail[..., 2:4])
