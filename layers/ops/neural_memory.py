@@ -7,15 +7,18 @@ token's chunk. So ``chunk_size`` is part of the model. Everything inside a chunk
 (``neural_memory_chunk``); chunks follow one another.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from memzoo.layers.errors import check_choice, check_positive
 from memzoo.layers.ops.activations import ACTIVATIONS
-from memzoo.layers.ops.neural_memory_chunk import Chunk, ChunkSettings
-from memzoo.layers.ops.neural_memory_tables import GateTables, gate_tables
+from memzoo.layers.ops.neural_memory_chunk import ChunkSettings, base_weights
+from memzoo.layers.ops.neural_memory_chunk_scan import ChunkScan, where
+from memzoo.layers.ops.neural_memory_tables import chunk_coefficients
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.trace import Trace
 
@@ -41,6 +44,7 @@ def neural_memory(
     anchor: Weights | None = None,
     max_gradient_norm: float | None = None,
     lengths: Tensor | None = None,
+    checkpoint_chunks: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Weights, Weights]:
     """Write every token into a memory and read it after each.
@@ -65,6 +69,8 @@ def neural_memory(
         anchor: Weights that forgetting decays towards; zeros by default.
         max_gradient_norm: Each token's gradient, all layers of a head's memory together, is scaled down to this norm.
         lengths: Tokens that exist in each row, from the left; all by default. Outputs past them are zero.
+        checkpoint_chunks: Keep for the backward pass only the state before every so many chunks and compute the rest
+            again, group by group: memory for one group's work instead of all. None keeps everything.
         backend: "torch" or "auto", which is the same.
 
     Shape:
@@ -85,7 +91,8 @@ def neural_memory(
     y, weights, momentum, _ = neural_memory_scan(
         q, k, v, theta, eta, alpha, weights, momentum,
         chunk_size=chunk_size, activation=activation, loss_scale=loss_scale, read=read, position=position, base=base,
-        anchor=anchor, max_gradient_norm=max_gradient_norm, lengths=lengths, backend=backend,
+        anchor=anchor, max_gradient_norm=max_gradient_norm, lengths=lengths, checkpoint_chunks=checkpoint_chunks,
+        backend=backend,
     )  # fmt: skip
     return y, weights, momentum
 
@@ -109,6 +116,7 @@ def neural_memory_scan(
     anchor: Weights | None = None,
     max_gradient_norm: float | None = None,
     lengths: Tensor | None = None,
+    checkpoint_chunks: int | None = None,
     backend: str = "auto",
     trace: Trace | None = None,
 ) -> tuple[Tensor, Weights, Weights, Weights]:
@@ -130,8 +138,9 @@ def neural_memory_scan(
     if max_gradient_norm is not None and not max_gradient_norm > 0:
         raise ValueError(f"max_gradient_norm={max_gradient_norm} is not positive; use None for no limit")
 
+    if checkpoint_chunks is not None:
+        check_positive("checkpoint_chunks", checkpoint_chunks, "use None to keep everything")
     batch, time, heads, _ = q.shape
-    depth = len(weights)
     dtype = torch.float32
     for given in (q, theta, alpha, weights[0]):
         dtype = torch.promote_types(dtype, given.dtype)
@@ -143,50 +152,97 @@ def neural_memory_scan(
     grid = ChunkGrid.lay_out(batch, time, heads, chunk_size, position, lengths, q.device)
     with no_autocast(q.device):
         q, k, v, theta, alpha = (grid.cut(t.to(dtype)) for t in (q, k, v, theta, alpha))
-        kept = torch.zeros_like(theta) if eta is None else grid.cut(eta.to(dtype))
-        tables = gate_tables(theta, kept, alpha, grid.real)
-        inputs = (q, k, v, *_coefficients(tables, has_momentum=eta is not None, read=read))
-
-        start, past, given_base, towards = (_to_rows(part, dtype) for part in (weights, momentum, base, anchor))
+        eta = None if eta is None else grid.cut(eta.to(dtype))
+        start, past, given_base, anchor = (_to_rows(part, dtype) for part in (weights, momentum, base, anchor))
         if eta is None:
             past = ()
         elif not past:
             past = tuple(torch.zeros_like(w) for w in start)
         # Rows at a chunk border take their gradient base from the weights, others from the chunk that is running.
-        first_base = () if grid.at_border is None else _where(grid.at_border, start, given_base or start)
+        base = None if grid.at_border is None else where(grid.at_border, start, given_base or start)
         settings = ChunkSettings(
-            depth=depth,
+            depth=len(weights),
             blocks=2 if past else 1,
             activation=activation,
             loss_scale=loss_scale,
             max_gradient_norm=max_gradient_norm,
-            has_base=grid.at_border is not None,
-            has_anchor=len(towards) > 0,
-            reports_error=trace is not None and trace.wants_signals,
+            has_base=base is not None,
+            has_anchor=len(anchor) > 0,
+            keeps_work=torch.is_grad_enabled(),
         )
-        first_block = tuple(w - m for w, m in zip(start, towards, strict=True)) if towards else start
-        carry, last_base, reads, errors = (*first_block, *past), first_base or start, [], []
-        for j, chunk_inputs in enumerate(zip(*(t.unbind(0) for t in inputs), strict=True)):
-            if j:
-                last_base = _where(grid.reached(j), _weights(carry[:depth], towards), last_base)
-            own_base = first_base if j == 0 else ()
-            settings = settings if j == 0 else replace(settings, has_base=False)
-            y, *new = Chunk.apply(settings, *chunk_inputs, *carry, *own_base, *towards)
-            carry = tuple(new[: len(carry)])
-            reads.append(y)
-            errors += new[len(carry) :]
-
-        new_weights, new_momentum = _weights(carry[:depth], towards), carry[depth:]
-        if towards and lengths is not None:  # a row without tokens stays as it is, to the bit
-            new_weights = _where(grid.reached(0), new_weights, start)
-        last_base = _where(grid.ends_at_border, new_weights, last_base)
-        y = grid.join(torch.stack(reads))
-        if trace is not None and errors:
-            trace.signal("surprise", grid.join(torch.stack(errors)[..., None])[..., 0])
+        first = tuple(w - m for w, m in zip(start, anchor, strict=True)) if anchor else start
+        reads, errors, carry, last_base = _scan(
+            settings, read, checkpoint_chunks, grid, (q, k, v, theta, eta, alpha), (*first, *past), base, anchor
+        )
+        depth = len(start)
+        new_weights, new_momentum = base_weights(carry[:depth], (), anchor), carry[depth:]
+        if anchor and grid.reached is not None:  # a row without tokens stays as it is, to the bit
+            new_weights = where(grid.reached[0], new_weights, start)
+        if isinstance(grid.ends_at_border, Tensor):
+            last_base = where(grid.ends_at_border, new_weights, last_base)
+        elif grid.ends_at_border:
+            last_base = new_weights
+        y = grid.join(reads)
+        if trace is not None and trace.wants_signals:
+            trace.signal("surprise", grid.join(errors[..., None])[..., 0])
     new_weights, new_momentum, last_base = (
         tuple(t.unflatten(0, (batch, heads)) for t in part) for part in (new_weights, new_momentum, last_base)
     )
     return y, new_weights, new_momentum, last_base
+
+
+def _scan(
+    settings: ChunkSettings,
+    read: str,
+    group: int | None,
+    grid: "ChunkGrid",
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor],
+    carry: Weights,
+    base: Weights | None,
+    anchor: Weights,
+) -> tuple[Tensor, Tensor, Weights, Weights]:
+    """Scan all chunks, ``group`` of them at a time; return reads, errors, carry and last base."""
+    num_chunks, depth = grid.chunks, settings.depth
+    q, k, v, theta, eta, alpha = inputs
+    reads, errors = [], []
+    last_base = base or base_weights(carry[:depth], (), anchor)
+    for begin in range(0, num_chunks, group or num_chunks):
+        here = slice(begin, begin + (group or num_chunks))
+        real, reached = (None if t is None else t[here] for t in (grid.real, grid.reached))
+        if begin:
+            start = base_weights(carry[:depth], (), anchor)
+            last_base = start if reached is None else where(reached[0], start, last_base)
+            settings = replace(settings, has_base=reached is not None)
+        own_base = last_base if settings.has_base else ()
+        part = functools.partial(_scan_group, settings, read, real, reached)
+        if group is not None and settings.keeps_work:
+            part = functools.partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+        gates = (theta[here], None if eta is None else eta[here], alpha[here])
+        y, error, *ends = part(q[here], k[here], v[here], gates, *carry, *own_base, *anchor)
+        carry = tuple(ends[: len(carry)])
+        last_base = tuple(ends[len(carry) :]) or last_base
+        reads.append(y)
+        errors.append(error)
+    if len(reads) == 1:
+        return reads[0], errors[0], carry, last_base
+    return torch.cat(reads), torch.cat(errors), carry, last_base
+
+
+def _scan_group(
+    settings: ChunkSettings,
+    read: str,
+    real: Tensor | None,
+    reached: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, Tensor | None, Tensor],
+    *states: Tensor,
+) -> Weights:
+    """Scan consecutive chunks: from gates to ``ChunkScan``."""
+    coefficients = chunk_coefficients(*gates, real, read)
+    scanned: Weights = ChunkScan.apply(settings, reached, q, k, v, *coefficients, *states)
+    return scanned
 
 
 @dataclass(frozen=True)
@@ -285,12 +341,13 @@ class ChunkGrid:
             y = y[:, : self.time]
         return y if self.exists is None else y.masked_fill(~self.exists[:, :, None, None], 0)
 
-    def reached(self, chunk: int) -> Tensor | bool:
-        """Return which rows have a token in ``chunk``: (batch * heads, 1, 1), or one answer for all rows."""
+    @property
+    def reached(self) -> Tensor | None:
+        """Rows with a token in each chunk, (chunks, batch * heads, 1, 1); None if all have one in every chunk."""
         if self.exists is None and self.at_border is None:
-            return True
+            return None
         assert self.real is not None
-        return self.real[chunk, :, :1, None]
+        return self.real[:, :, :1, None]
 
 
 def _rows_of_grid(held: Tensor, chunks: int, heads: int) -> Tensor:
@@ -302,38 +359,8 @@ def _per_row(flag: Tensor, heads: int) -> Tensor:
     return flag.repeat_interleave(heads)[:, None, None]
 
 
-def _where(condition: Tensor | bool, yes: Weights, no: Weights) -> Weights:
-    if isinstance(condition, bool):
-        return yes if condition else no
-    return tuple(torch.where(condition, a, b) for a, b in zip(yes, no, strict=True))
-
-
 def _to_rows(part: Weights | None, dtype: torch.dtype) -> Weights:
     return tuple(t.to(dtype).flatten(0, 1) for t in part or ())
-
-
-def _weights(first_block: Weights, anchor: Weights) -> Weights:
-    """Return the weights that the first carried block stands for."""
-    return tuple(w + m for w, m in zip(first_block, anchor, strict=True)) if anchor else first_block
-
-
-def _coefficients(tables: GateTables, *, has_momentum: bool, read: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn gate tables of (chunks, R, ...) into what ``Chunk`` takes: (mix, read, write, transition)."""
-    rows = slice(1, None) if read == "post" else slice(0, -1)
-    mix, beta, f = tables.write[..., rows, :], tables.carry_weights, tables.carry_momentum
-    read_with, write_with, transition = [beta[..., rows]], [tables.write[..., -1, :]], [beta[..., -1]]
-    if has_momentum:
-        read_with.append(f[..., rows])
-        write_with.append(tables.momentum_write)
-        m = tables.momentum_carry
-        transition += [f[..., -1], torch.zeros_like(m), m]
-    blocks = len(read_with)
-    return (
-        mix,
-        torch.stack(read_with, 1)[..., None],
-        torch.stack(write_with, 1)[..., None],
-        torch.stack(transition, 1).unflatten(1, (blocks, blocks))[..., None, None],
-    )
 
 
 def _check(

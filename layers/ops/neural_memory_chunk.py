@@ -17,14 +17,11 @@ the copies of sliced and concatenated gradients.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memzoo.layers.ops.activations import ACTIVATIONS
-from memzoo.layers.ops.precision import no_autocast
 
 Tensors = tuple[Tensor, ...]
 
@@ -41,7 +38,7 @@ class ChunkSettings:
         max_gradient_norm: Largest norm of one token's gradient over all layers, or None.
         has_base: Gradients are taken at weights given apart, not at those carried.
         has_anchor: Forgetting decays towards given weights, not towards zero.
-        reports_error: Also return the norm of each token's error ``M(W_b; k) - v``, which carries no gradient.
+        keeps_work: A backward pass may follow.
     """
 
     depth: int
@@ -51,7 +48,7 @@ class ChunkSettings:
     max_gradient_norm: float | None
     has_base: bool
     has_anchor: bool
-    reports_error: bool = False
+    keeps_work: bool
 
     def split(self, states: Tensors) -> tuple[list[Tensors], Tensors, Tensors]:
         """Part (*carry, *base, *anchor) into carry[block][layer], base[layer], anchor[layer]; absent ones are empty."""
@@ -72,7 +69,7 @@ class ChunkWork:
         e: Errors at the activations' outputs, likewise.
         d: Errors at the layers' outputs, clipped if a limit is set, (R, C, d_out).
         a: Inputs of the layers for the queries, (R, C, d_in).
-        r: Their outputs before the activation, all layers but the last.
+        slope: Slopes of the activation at their outputs, all layers but the last.
         score: ``a x^T``, (R, C, C).
         mixed: ``score`` times the table.
         product: ``a`` times each carried block, of the layers that narrow, (R, C, d_out).
@@ -85,7 +82,7 @@ class ChunkWork:
     e: list[Tensor] = field(default_factory=list)
     d: list[Tensor] = field(default_factory=list)
     a: list[Tensor] = field(default_factory=list)
-    r: list[Tensor] = field(default_factory=list)
+    slope: list[Tensor] = field(default_factory=list)
     score: list[Tensor] = field(default_factory=list)
     mixed: list[Tensor] = field(default_factory=list)
     product: list[Tensor] = field(default_factory=list)
@@ -103,67 +100,55 @@ class ChunkWork:
         return ChunkWork(*([next(rest) for _ in range(length)] for length in lengths))
 
 
-class Chunk(torch.autograd.Function):
-    """``y, *carry = Chunk.apply(settings, q, k, v, mix, read, write, transition, *carry, *base, *anchor)``.
+@dataclass(frozen=True)
+class ChunkInputs:
+    """What a chunk reads besides its states, or the gradients of that.
 
-    With ``reports_error`` the norms of the errors (R, C) come last.
-
-    Shape:
-        q, k: (R, C, d_0). v, y: (R, C, d_L). mix: (R, C, C), the table G of every read. read: (k, R, C, 1),
-        coefficients of the carried blocks in every read. write: (k, R, C, 1), of every token in the new blocks.
-        transition: (k, k, R, 1, 1), of the old blocks (second axis) in the new ones; nothing flows from a block to a
-        later one. carry, block by block, base and anchor: (R, d_in, d_out) a layer.
+    Attributes:
+        q: Queries, (R, C, d_0).
+        k: Keys, (R, C, d_0).
+        v: Values, (R, C, d_L).
+        mix: The table G of every read, (R, C, C).
+        read: Coefficients of the carried blocks in every read, (k, R, C, 1).
+        write: Coefficients of every token in the new blocks, (k, R, C, 1).
+        transition: Coefficients of the old blocks (second axis) in the new ones, (k, k, R, 1, 1); nothing flows from a
+            block to a later one.
     """
 
-    @staticmethod
-    def forward(ctx: Any, settings: ChunkSettings, *tensors: Tensor) -> Tensors:
-        y, carry, work = chunk_forward(settings, *tensors)
-        lengths, kept = work.pack()
-        ctx.settings, ctx.lengths, ctx.given = settings, lengths, len(tensors)
-        ctx.save_for_backward(*tensors, *kept)
-        if not settings.reports_error:
-            return (y, *carry)
-        error = work.d[-1] / work.clip[0] if work.clip else work.d[-1]
-        norm = torch.linalg.vector_norm(error, dim=-1) / settings.loss_scale
-        ctx.mark_non_differentiable(norm)
-        return (y, *carry, norm)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        settings: ChunkSettings = ctx.settings
-        saved = ctx.saved_tensors
-        work = ChunkWork.unpack(ctx.lengths, saved[ctx.given :])
-        d_new = grads[1 : 1 + settings.blocks * settings.depth]
-        with no_autocast(grads[0].device):  # the caller's may be on
-            return (None, *chunk_backward(settings, saved[: ctx.given], work, grads[0], d_new))
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mix: Tensor
+    read: Tensor
+    write: Tensor
+    transition: Tensor
 
 
 def chunk_forward(
-    settings: ChunkSettings,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mix: Tensor,
-    read: Tensor,
-    write: Tensor,
-    transition: Tensor,
-    *states: Tensor,
-) -> tuple[Tensor, list[Tensor], ChunkWork]:
-    """Return the reads, the new carry and what the backward pass needs. Shapes as in ``Chunk``."""
+    settings: ChunkSettings, inputs: ChunkInputs, states: Tensors, y: Tensor
+) -> tuple[list[Tensor], ChunkWork]:
+    """Read into ``y`` and write; return the new carry and what the backward pass needs.
+
+    Args:
+        settings: Of the chunk.
+        inputs: Of the chunk.
+        states: The carried blocks, layer by layer, then the base and the anchor if there are; (R, d_in, d_out) each.
+        y: Filled with the reads, (R, C, d_L).
+    """
     carry, base, anchor = settings.split(states)
-    weights = _weights(carry[0], base, anchor)
+    weights = base_weights(carry[0], base, anchor)
     fn = ACTIVATIONS[settings.activation]
     last = settings.depth - 1
-    work = ChunkWork(x=[k], a=[q])
+    work = ChunkWork(x=[inputs.k], a=[inputs.q])
 
     # Keys forward, errors backward, both at the chunk's base.
     for i in range(last):
-        value, first, second = fn.jet(torch.bmm(work.x[i], weights[i]))
+        z = torch.bmm(work.x[i], weights[i])
+        value, first, *second = fn.jet(z) if settings.keeps_work else fn.slope(z)
         work.x.append(value)
         work.first.append(first)
-        work.second.append(second)
-    d = [torch.baddbmm(v, work.x[last], weights[last], alpha=-1)]
+        work.second += second
+    d = [torch.baddbmm(inputs.v, work.x[last], weights[last], alpha=-1)]
     if settings.loss_scale != 1:
         d[0].mul_(settings.loss_scale)
     for i in range(last, 0, -1):
@@ -175,13 +160,12 @@ def chunk_forward(
     work.d = d
 
     # Queries forward through the weights after each token, which exist only as coefficients.
-    out = q
     for i in range(settings.depth):
         a = work.a[i]
         work.score.append(torch.bmm(a, work.x[i].mT))
-        work.mixed.append(work.score[i] * mix)
-        out = torch.bmm(work.mixed[i], d[i])
-        for block, coefficient in zip(carry, read, strict=True):
+        work.mixed.append(work.score[i] * inputs.mix)
+        out = torch.bmm(work.mixed[i], d[i], out=y) if i == last else torch.bmm(work.mixed[i], d[i])
+        for block, coefficient in zip(carry, inputs.read, strict=True):
             if _widens(block[i]):
                 out.baddbmm_(a * coefficient, block[i])
             else:
@@ -190,52 +174,60 @@ def chunk_forward(
         if anchor:
             out.baddbmm_(a, anchor[i])
         if i < last:
-            work.r.append(out)
-            work.a.append(fn.value(out))
+            value, *slope = fn.slope(out) if settings.keeps_work else (fn.value(out),)
+            work.a.append(value)
+            work.slope += slope
 
     new = []
-    for b, coefficient in enumerate(write):
+    for b, coefficient in enumerate(inputs.write):
         for i in range(settings.depth):
-            m = carry[b][i] * transition[b, b]
+            m = carry[b][i] * inputs.transition[b, b]
             for later in range(b + 1, settings.blocks):
-                m.addcmul_(carry[later][i], transition[b, later])
+                m.addcmul_(carry[later][i], inputs.transition[b, later])
             x, d_i = (work.x[i] * coefficient, d[i]) if _widens(m) else (work.x[i], d[i] * coefficient)
             new.append(m.baddbmm_(x.mT, d_i))
-    return out, new, work
+    return new, work
 
 
 def chunk_backward(
-    settings: ChunkSettings, inputs: Tensors, work: ChunkWork, d_y: Tensor, d_new: Tensors
+    settings: ChunkSettings,
+    inputs: ChunkInputs,
+    states: Tensors,
+    work: ChunkWork,
+    d_y: Tensor,
+    d_new: list[Tensor],
+    grads: ChunkInputs,
 ) -> list[Tensor]:
-    """Return the gradients of all inputs of ``chunk_forward`` after ``settings``, in their order."""
-    mix, read, write, transition = inputs[3:7]
-    carry, base, anchor = settings.split(inputs[7:])
-    weights = _weights(carry[0], base, anchor)
-    fn = ACTIVATIONS[settings.activation]
+    """Fill ``grads`` with the gradients of ``inputs`` and return those of ``states``, in their order."""
+    carry, base, anchor = settings.split(states)
+    weights = base_weights(carry[0], base, anchor)
     x, d = work.x, work.d
     last = settings.depth - 1
 
     # The new carry: transition carry + x^T diag(write) d.
-    d_write, d_transition = torch.zeros_like(write), torch.zeros_like(transition)
     d_blocks = [d_new[i : i + settings.depth] for i in range(0, len(d_new), settings.depth)]
-    d_carry = _transition_backward(transition, carry, d_blocks, d_transition)
-    d_x = [torch.zeros_like(x_i) for x_i in x]
-    d_d = [torch.zeros_like(d_i) for d_i in d]
-    for d_block, coefficient, d_coefficient in zip(d_blocks, write, d_write, strict=True):
-        for i, d_m in enumerate(d_block):
+    d_carry = _transition_backward(inputs.transition, carry, d_blocks, grads.transition)
+    d_x = [grads.k, *(torch.empty_like(x_i) for x_i in x[1:])]
+    d_d = [*(torch.empty_like(d_i) for d_i in d[:-1]), grads.v]
+    for b, coefficient in enumerate(inputs.write):
+        dots = []
+        for i, d_m in enumerate(d_blocks[b]):
             if _widens(d_m):
-                product = torch.bmm(d[i], d_m.mT)
-                d_coefficient += _row_dot(product, x[i])
-                d_x[i].addcmul_(product, coefficient)
-                d_d[i].baddbmm_(x[i] * coefficient, d_m)
+                narrow, wide, d_narrow, d_wide, m = x[i], d[i], d_x[i], d_d[i], d_m
             else:
-                product = torch.bmm(x[i], d_m)
-                d_coefficient += _row_dot(product, d[i])
-                d_d[i].addcmul_(product, coefficient)
-                d_x[i].baddbmm_(d[i] * coefficient, d_m.mT)
+                narrow, wide, d_narrow, d_wide, m = d[i], x[i], d_d[i], d_x[i], d_m.mT
+            product = torch.bmm(wide, m.mT)
+            dots.append(_row_dot(product, narrow))
+            if b == 0:
+                torch.mul(product, coefficient, out=d_narrow)
+                torch.bmm(narrow * coefficient, m, out=d_wide)
+            else:
+                d_narrow.addcmul_(product, coefficient)
+                d_wide.baddbmm_(narrow * coefficient, m)
+        _sum(dots, grads.write[b])
 
     # The reads, last layer first: out = diag(read) a carry + mixed d + a anchor.
-    d_read, d_mix = torch.zeros_like(read), torch.zeros_like(mix)
+    d_read: list[list[Tensor]] = [[] for _ in carry]
     d_anchor = [torch.zeros_like(m) for m in anchor]
     d_out = d_y
     products = list(work.product)
@@ -243,27 +235,31 @@ def chunk_backward(
         a = work.a[i]
         d_mixed = torch.bmm(d_out, d[i].mT)
         d_d[i].baddbmm_(work.mixed[i].mT, d_out)
-        d_mix.addcmul_(d_mixed, work.score[i])
-        d_score = d_mixed.mul_(mix)
-        d_a = torch.bmm(d_score, x[i])
+        if i == last:
+            torch.mul(d_mixed, work.score[i], out=grads.mix)
+        else:
+            grads.mix.addcmul_(d_mixed, work.score[i])
+        d_score = d_mixed.mul_(inputs.mix)
+        d_a = torch.bmm(d_score, x[i]) if i else torch.bmm(d_score, x[i], out=grads.q)
         d_x[i].baddbmm_(d_score.mT, a)
         for b in range(settings.blocks - 1, -1, -1):
             m, d_m = carry[b][i], d_carry[b][i]
             if _widens(m):
                 product = torch.bmm(d_out, m.mT)
-                d_read[b] += _row_dot(product, a)
-                d_a.addcmul_(product, read[b])
-                d_m.baddbmm_((a * read[b]).mT, d_out)
+                d_read[b].append(_row_dot(product, a))
+                d_a.addcmul_(product, inputs.read[b])
+                d_m.baddbmm_((a * inputs.read[b]).mT, d_out)
             else:
-                d_read[b] += _row_dot(products.pop(), d_out)
-                scaled = d_out * read[b]
+                d_read[b].append(_row_dot(products.pop(), d_out))
+                scaled = d_out * inputs.read[b]
                 d_a.baddbmm_(scaled, m.mT)
                 d_m.baddbmm_(a.mT, scaled)
         if anchor:
             d_a.baddbmm_(d_out, anchor[i].mT)
             d_anchor[i].baddbmm_(a.mT, d_out)
-        d_out = fn.times_first(d_a, work.r[i - 1]) if i else d_a
-    d_q = d_out
+        d_out = d_a.mul_(work.slope[i - 1]) if i else d_a
+    for dots, into in zip(d_read, grads.read, strict=True):
+        _sum(dots, into)
 
     if work.clip:
         d = _clip_backward(x, d, work.clip[0], d_x, d_d)
@@ -276,10 +272,9 @@ def chunk_backward(
         d_z.append(d_d[i].mul_(work.e[i]).mul_(work.second[i]))
         d_d[i + 1].baddbmm_(d_e, weights[i + 1])
         d_weights[i + 1].baddbmm_(d_e.mT, d[i + 1])
-    d_v = d_d[last]
     if settings.loss_scale != 1:
-        d_v.mul_(settings.loss_scale)
-    d_z.append(d_v.neg())
+        d_d[last].mul_(settings.loss_scale)
+    d_z.append(d_d[last].neg())
 
     # The keys, last layer first: z = x w, x_next = act(z).
     for i in range(last, -1, -1):
@@ -292,26 +287,27 @@ def chunk_backward(
         for d_m, d_u, d_w in zip(d_anchor, d_carry[0], d_weights, strict=True):
             d_m += d_w
             d_u += d_w
-    d_states = [t for block in d_carry for t in block] + (d_weights if base else []) + d_anchor
-    return [d_q, d_x[0], d_v, d_mix, d_read, d_write, d_transition, *d_states]
+    return [t for block in d_carry for t in block] + (d_weights if base else []) + d_anchor
 
 
 def _transition_backward(
-    transition: Tensor, carry: list[Tensors], d_blocks: list[Tensors], d_transition: Tensor
+    transition: Tensor, carry: list[Tensors], d_blocks: list[list[Tensor]], d_transition: Tensor
 ) -> list[list[Tensor]]:
-    """Return the gradients of the carried blocks through ``transition``; add its own in place."""
+    """Return the gradients of the carried blocks through ``transition``; fill in its own."""
     d_carry: list[list[Tensor]] = []
+    d_transition.zero_()  # from a block to a later one nothing flows
     for old, block in enumerate(carry):
         d_carry.append([d_m * transition[old, old] for d_m in d_blocks[old]])
         for new in range(old + 1):
-            for i, m in enumerate(block):
-                d_transition[new, old] += (d_blocks[new][i] * m).sum((1, 2), keepdim=True)
-                if new < old:
-                    d_carry[old][i].addcmul_(d_blocks[new][i], transition[new, old])
+            dots = [(g * m).sum((1, 2), keepdim=True) for g, m in zip(d_blocks[new], block, strict=True)]
+            _sum(dots, d_transition[new, old])
+            if new < old:
+                for d_m, g in zip(d_carry[old], d_blocks[new], strict=True):
+                    d_m.addcmul_(g, transition[new, old])
     return d_carry
 
 
-def _weights(carried: Tensors, base: Tensors, anchor: Tensors) -> Tensors:
+def base_weights(carried: Tensors, base: Tensors, anchor: Tensors) -> Tensors:
     """Return the weights at which the chunk's gradients are taken."""
     if base:
         return base
@@ -326,6 +322,13 @@ def _widens(m: Tensor) -> bool:
 def _row_dot(x: Tensor, y: Tensor) -> Tensor:
     """(R, C, d) twice -> (R, C, 1)."""
     return (x * y).sum(-1, keepdim=True)
+
+
+def _sum(parts: list[Tensor], into: Tensor) -> None:
+    """Fill ``into`` with the sum of ``parts``, one a memory layer."""
+    into.copy_(parts[0])
+    for part in parts[1:]:
+        into += part
 
 
 def _squared_norms(x: list[Tensor], d: list[Tensor]) -> Tensor:

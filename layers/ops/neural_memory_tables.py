@@ -52,9 +52,7 @@ def gate_tables(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None =
     keep = 1 - alpha
     apply = None
     if real is not None:
-        # A token that does not exist: S_t = S_{t-1}, W_t = W_{t-1}. No setting of the gates alone says that.
-        theta, eta, keep = theta * real, torch.where(real, eta, 1), torch.where(real, keep, 1)
-        apply = real.to(theta.dtype)
+        theta, eta, keep, apply = _skip(theta, eta, keep, real)
     shape = theta.shape
     columns = [None if gate is None else gate.reshape(-1, shape[-1]).T for gate in (theta, eta, keep, apply)]
     weights, momentum = _TableRecurrence.apply(*columns)
@@ -70,43 +68,145 @@ def gate_tables(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None =
     )
 
 
+def chunk_coefficients(
+    theta: Tensor, eta: Tensor | None, alpha: Tensor, real: Tensor | None, read: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute what a chunk with one (no momentum) or two carried blocks needs of its tables.
+
+    Args:
+        theta: Step sizes.
+        eta: Momentum gates; None without momentum.
+        alpha: Forgetting gates.
+        real: True at tokens that exist; None if all do.
+        read: "post" reads after the token is written, "pre" before.
+
+    Shape:
+        theta, eta, alpha, real: (n, R, C). Returns the fields of ``ChunkInputs`` after q, k, v with n in front: mix
+        (n, R, C, C), read and write (n, k, R, C, 1), transition (n, k, k, R, 1, 1).
+    """
+    keep = 1 - alpha
+    kept = torch.zeros_like(theta) if eta is None else eta
+    apply = None
+    if real is not None:
+        theta, kept, keep, apply = _skip(theta, kept, keep, real)
+    coefficients: tuple[Tensor, Tensor, Tensor, Tensor] = _Coefficients.apply(
+        *(None if gate is None else gate.flatten(0, 1).T for gate in (theta, kept, keep, apply)),
+        theta.shape[0],
+        1 if eta is None else 2,
+        1 if read == "post" else 0,
+    )
+    return coefficients
+
+
+def _skip(theta: Tensor, eta: Tensor, keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gates with which a token that does not exist leaves S and W alone; no setting of theta, eta, alpha says that."""
+    return theta * real, torch.where(real, eta, 1), torch.where(real, keep, 1), real.to(theta.dtype)
+
+
+class _Coefficients(torch.autograd.Function):
+    """The tables cut into a chunk's coefficients; apart from ``_TableRecurrence`` so that cutting costs no zeros."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, theta: Tensor, eta: Tensor, keep: Tensor, apply: Tensor | None, num_chunks: int, blocks: int, row: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        size = len(theta)
+        momentum, weights = _run(theta, eta, keep, apply)
+        ctx.save_for_backward(eta, keep, apply, momentum, weights)
+        ctx.num_chunks, ctx.blocks, ctx.row = num_chunks, blocks, row
+        by_row = weights.unflatten(1, (num_chunks, -1)).permute(1, 2, 0, 3)  # (n, R, C + 1, C + 2)
+        last = momentum[size].unflatten(0, (num_chunks, -1))  # (n, R, C + 2)
+        reads = by_row[:, :, row : row + size]
+        mix = reads[..., :size].contiguous()
+        transition = weights.new_zeros(num_chunks, blocks, blocks, *last.shape[1:2], 1, 1)
+        transition[:, 0, 0, :, 0, 0] = by_row[:, :, -1, size + 1]
+        if blocks == 1:
+            read, write = reads[:, None, ..., size + 1], by_row[:, None, :, -1, :size]
+        else:
+            read = torch.stack([reads[..., size + 1], reads[..., size]], 1)
+            write = torch.stack([by_row[:, :, -1, :size], last[..., :size]], 1)
+            transition[:, 0, 1, :, 0, 0] = by_row[:, :, -1, size]
+            transition[:, 1, 1, :, 0, 0] = last[..., size]
+        return mix, read[..., None].contiguous(), write[..., None].contiguous(), transition
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        eta, keep, apply, momentum, weights = ctx.saved_tensors
+        d_mix, (d_read, d_write), d_transition = grads[0], (g[..., 0] for g in grads[1:3]), grads[3][..., 0, 0]
+        size = len(eta)
+        d_weights, d_last = torch.zeros_like(weights), torch.zeros_like(momentum[size])
+        by_row = d_weights.unflatten(1, (ctx.num_chunks, -1)).permute(1, 2, 0, 3)
+        last = d_last.unflatten(0, (ctx.num_chunks, -1))
+        reads = by_row[:, :, ctx.row : ctx.row + size]
+        reads[..., :size] = d_mix
+        reads[..., size + 1] = d_read[:, 0]
+        by_row[:, :, -1, :size] += d_write[:, 0]
+        by_row[:, :, -1, size + 1] += d_transition[:, 0, 0]
+        if ctx.blocks == 2:
+            reads[..., size] = d_read[:, 1]
+            last[..., :size] = d_write[:, 1]
+            by_row[:, :, -1, size] += d_transition[:, 0, 1]
+            last[..., size] = d_transition[:, 1, 1]
+        return *_run_backward(eta, keep, apply, momentum, weights, d_weights, d_last), None, None, None
+
+
 class _TableRecurrence(torch.autograd.Function):
+    """The tables themselves: weights (C + 1, rows, C + 2) and the last row of momentum (rows, C + 2)."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, eta: Tensor, keep: Tensor, apply: Tensor | None) -> tuple[Tensor, Tensor]:
+        momentum, weights = _run(theta, eta, keep, apply)
+        ctx.save_for_backward(eta, keep, apply, momentum, weights)
+        return weights, momentum[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        eta, keep, apply, momentum, weights = ctx.saved_tensors
+        d_weights = grads[0].clone(memory_format=torch.contiguous_format)
+        return _run_backward(eta, keep, apply, momentum, weights, d_weights, grads[1])
+
+
+def _run(theta: Tensor, eta: Tensor, keep: Tensor, apply: Tensor | None) -> tuple[Tensor, Tensor]:
     """n_t = eta_t n_{t-1} + theta_t e_t and G_t = keep_t G_{t-1} + apply_t n_t, over rows of C + 2 columns.
 
     Columns are the C tokens, then S_0 and W_0; n_0 and G_0 are their unit vectors. Time is the first axis, so every
     step is one pass over contiguous memory. Written out, with its reverse, because autograd would keep and replay C
     small steps.
     """
+    size, rows = theta.shape
+    momentum = theta.new_zeros(size + 1, rows, size + 2)
+    weights = theta.new_zeros(size + 1, rows, size + 2)
+    momentum[0, :, size] = 1
+    weights[0, :, size + 1] = 1
+    torch.diagonal(momentum[1:, :, :size], dim1=0, dim2=2).copy_(theta.T)
+    for t in range(1, size + 1):
+        momentum[t].addcmul_(momentum[t - 1], eta[t - 1, :, None])
+    torch.mul(momentum[1:], 1 if apply is None else apply[:, :, None], out=weights[1:])
+    for t in range(1, size + 1):
+        weights[t].addcmul_(weights[t - 1], keep[t - 1, :, None])
+    return momentum, weights
 
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, eta: Tensor, keep: Tensor, apply: Tensor | None) -> tuple[Tensor, Tensor]:
-        size, rows = theta.shape
-        momentum = theta.new_zeros(size + 1, rows, size + 2)
-        weights = theta.new_zeros(size + 1, rows, size + 2)
-        momentum[0, :, size] = 1
-        weights[0, :, size + 1] = 1
-        torch.diagonal(momentum[1:, :, :size], dim1=0, dim2=2).copy_(theta.T)
-        for t in range(1, size + 1):
-            momentum[t].addcmul_(momentum[t - 1], eta[t - 1, :, None])
-        torch.mul(momentum[1:], 1 if apply is None else apply[:, :, None], out=weights[1:])
-        for t in range(1, size + 1):
-            weights[t].addcmul_(weights[t - 1], keep[t - 1, :, None])
-        ctx.save_for_backward(eta, keep, apply, momentum, weights)
-        return weights, momentum[size].clone()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        eta, keep, apply, momentum, weights = ctx.saved_tensors
-        size = eta.shape[0]
-        d_weights = grads[0].clone(memory_format=torch.contiguous_format)
-        for t in range(size, 0, -1):
-            d_weights[t - 1].addcmul_(d_weights[t], keep[t - 1, :, None])
-        d_momentum = d_weights[1:] * (1 if apply is None else apply[:, :, None])
-        d_momentum[-1] += grads[1]
-        for t in range(size - 1, 0, -1):
-            d_momentum[t - 1].addcmul_(d_momentum[t], eta[t, :, None])
-        d_theta = torch.diagonal(d_momentum[:, :, :size], dim1=0, dim2=2).T
-        d_eta = (d_momentum * momentum[:-1]).sum(-1)
-        d_keep = (d_weights[1:] * weights[:-1]).sum(-1)
-        return d_theta, d_eta, d_keep, None
+def _run_backward(
+    eta: Tensor,
+    keep: Tensor,
+    apply: Tensor | None,
+    momentum: Tensor,
+    weights: Tensor,
+    d_weights: Tensor,
+    d_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Return the gradients of ``_run``'s arguments; ``d_weights`` is used up."""
+    size = eta.shape[0]
+    for t in range(size, 0, -1):
+        d_weights[t - 1].addcmul_(d_weights[t], keep[t - 1, :, None])
+    d_keep = (d_weights[1:] * weights[:-1]).sum(-1)
+    d_momentum = d_weights[1:] if apply is None else d_weights[1:] * apply[:, :, None]
+    d_momentum[-1] += d_last
+    for t in range(size - 1, 0, -1):
+        d_momentum[t - 1].addcmul_(d_momentum[t], eta[t, :, None])
+    d_theta = torch.diagonal(d_momentum[:, :, :size], dim1=0, dim2=2).T
+    d_eta = (d_momentum * momentum[:-1]).sum(-1)
+    return d_theta, d_eta, d_keep, None

@@ -79,11 +79,12 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 
 def gradients(function: Callable[..., Any], case: Case, **options: Any) -> list[Tensor]:
     """Derivatives of a random projection of everything ``function`` returns, one a tensor of ``case``, in its order."""
-    case = tree_map(lambda x: x.clone().requires_grad_(), case)
+    case = tree_map(lambda x: None if x is None else x.clone().requires_grad_(), case)
     draw = torch.Generator().manual_seed(1)
     outputs = tree_leaves(function(**case, **options))
     objective = sum((torch.randn(y.shape, generator=draw, dtype=y.dtype) * y).sum() for y in outputs)
-    return list(torch.autograd.grad(objective, tree_leaves(case), materialize_grads=True))
+    leaves = [x for x in tree_leaves(case) if x is not None]
+    return list(torch.autograd.grad(objective, leaves, materialize_grads=True))
 
 
 def stream(case: Case, cuts: list[int], position: Any, **options: Any) -> Any:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +66,7 @@ def test_00_reference_takes_the_backpropagated_gradient_of_a_deep_memory():
 @pytest.mark.parametrize("name", ["neural_memory", "neural_memory_scan"])
 def test_00_op_and_reference_have_one_signature(name):
     ours, loop = (dict(inspect.signature(getattr(module, name)).parameters) for module in (op, reference))
-    assert {key: ours[key] for key in ours if key not in ("backend", "trace")} == loop
+    assert {key: ours[key] for key in ours if key not in ("backend", "checkpoint_chunks", "trace")} == loop
 
 
 # 1-3. The chunk form equals the loop.
@@ -150,6 +151,30 @@ def test_03_every_input_alone_has_its_gradient():
     together = gradients(neural_memory_scan, case, **options)
     alone = [gradients(neural_memory_scan, {name: x}, **without(case, name), **options) for name, x in case.items()]
     assert_close([g for one in alone for g in one], together)
+
+
+@random_cases
+@given(cases(), st.integers(1, 3))
+def test_03_recomputed_groups_of_chunks_change_no_gradient(drawn, group):
+    case, options = drawn
+    expected = gradients(neural_memory_scan, case, **options)
+    assert_close(gradients(neural_memory_scan, case, **options, checkpoint_chunks=group), expected)
+
+
+def test_21_recomputed_groups_keep_one_state_a_group_for_the_backward_pass():
+    def kept(time: int, group: int | None) -> int:
+        case = tree_map(lambda x: x.requires_grad_(), without(make_case(time=time, dim=8, hidden=32), "base", "anchor"))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+            outputs = neural_memory(**case, chunk_size=4, checkpoint_chunks=group)
+        assert outputs[0].requires_grad
+        return sum(event.self_cpu_memory_usage for event in events.key_averages())
+
+    case = make_case(time=1, dim=8, hidden=32)
+    state = sum(w.nbytes for w in (*case["weights"], *case["momentum"]))
+    growth = {group: kept(128, group) - kept(64, group) for group in (None, 2, 8)}  # 16 chunks more
+    assert growth[None] > 16 * state
+    assert growth[2] - growth[8] == pytest.approx((8 - 2) * state, rel=0.1)
+    assert growth[8] < growth[None] / 5
 
 
 def test_03_gradcheck():
