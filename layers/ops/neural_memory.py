@@ -8,7 +8,7 @@ token's chunk. So ``chunk_size`` is part of the model. Everything inside a chunk
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from memzoo.layers.errors import check_choice, check_positive
 from memzoo.layers.ops.activations import ACTIVATIONS
+from memzoo.layers.ops.chunk_grid import ChunkGrid
 from memzoo.layers.ops.neural_memory_chunk import ChunkSettings, base_weights
 from memzoo.layers.ops.neural_memory_chunk_scan import ChunkScan, where
+from memzoo.layers.ops.neural_memory_norm import normalise
 from memzoo.layers.ops.neural_memory_tables import chunk_coefficients
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.trace import Trace
@@ -43,6 +45,7 @@ def neural_memory(
     base: Weights | None = None,
     anchor: Weights | None = None,
     max_gradient_norm: float | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
     checkpoint_chunks: int | None = None,
     backend: str = "auto",
@@ -67,7 +70,10 @@ def neural_memory(
         position: Tokens absorbed before these, one number or one a row; its remainder by ``chunk_size`` counts.
         base: Weights at the start of the running chunk, where ``position`` is inside one; ``weights`` by default.
         anchor: Weights that forgetting decays towards; zeros by default.
-        max_gradient_norm: Each token's gradient, all layers of a head's memory together, is scaled down to this norm.
+        max_gradient_norm: Each token's gradient, all layers of a head's memory together, is scaled down to this norm;
+            a token whose squared norm is not finite writes nothing.
+        norm: Gain and bias of a residual and a LayerNorm in the memory, M(x) = x + LN(MLP(x)), as in TTT; they are
+            not trained inside. None for a plain MLP.
         lengths: Tokens that exist in each row, from the left; all by default. Outputs past them are zero.
         checkpoint_chunks: Keep for the backward pass only the state before every so many chunks and compute the rest
             again, group by group: memory for one group's work instead of all. None keeps everything.
@@ -75,7 +81,8 @@ def neural_memory(
 
     Shape:
         q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha: (batch, time, heads).
-        weights, momentum, base, anchor: (batch, heads, d_{l-1}, d_l), l = 1..L. lengths: (batch,).
+        weights, momentum, base, anchor: (batch, heads, d_{l-1}, d_l), l = 1..L. gain, bias: (heads, d_L).
+        lengths: (batch,).
         Returns y (batch, time, heads, d_L), the weights and the momentum after the last token; ``()`` without eta.
 
     Raises:
@@ -91,8 +98,8 @@ def neural_memory(
     y, weights, momentum, _ = neural_memory_scan(
         q, k, v, theta, eta, alpha, weights, momentum,
         chunk_size=chunk_size, activation=activation, loss_scale=loss_scale, read=read, position=position, base=base,
-        anchor=anchor, max_gradient_norm=max_gradient_norm, lengths=lengths, checkpoint_chunks=checkpoint_chunks,
-        backend=backend,
+        anchor=anchor, max_gradient_norm=max_gradient_norm, norm=norm, lengths=lengths,
+        checkpoint_chunks=checkpoint_chunks, backend=backend,
     )  # fmt: skip
     return y, weights, momentum
 
@@ -115,6 +122,7 @@ def neural_memory_scan(
     base: Weights | None = None,
     anchor: Weights | None = None,
     max_gradient_norm: float | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
     checkpoint_chunks: int | None = None,
     backend: str = "auto",
@@ -127,7 +135,17 @@ def neural_memory_scan(
     ``M(W_b; k) - v``, (batch, time, heads).
     """
     _check(
-        q, k, v, theta, eta, alpha, weights, {"momentum": momentum, "base": base, "anchor": anchor}, lengths, position
+        q,
+        k,
+        v,
+        theta,
+        eta,
+        alpha,
+        weights,
+        {"momentum": momentum, "base": base, "anchor": anchor},
+        lengths,
+        position,
+        norm,
     )
     check_positive("chunk_size", chunk_size)
     check_choice("read", read, ("post", "pre"))
@@ -168,14 +186,24 @@ def neural_memory_scan(
             max_gradient_norm=max_gradient_norm,
             has_base=base is not None,
             has_anchor=len(anchor) > 0,
+            has_norm=norm is not None,
             keeps_work=torch.is_grad_enabled(),
         )
         first = tuple(w - m for w, m in zip(start, anchor, strict=True)) if anchor else start
+        norm_rows = () if norm is None else tuple(t.to(dtype).repeat(batch, 1)[:, None] for t in norm)
         reads, errors, carry, last_base = _scan(
-            settings, read, checkpoint_chunks, grid, (q, k, v, theta, eta, alpha), (*first, *past), base, anchor
+            settings,
+            read,
+            checkpoint_chunks,
+            grid,
+            (q, k, v, theta, eta, alpha),
+            (*first, *past),
+            base,
+            anchor,
+            norm_rows,
         )
         depth = len(start)
-        new_weights, new_momentum = base_weights(carry[:depth], (), anchor), carry[depth:]
+        new_weights, new_momentum = base_weights(carry[:depth], anchor), carry[depth:]
         if anchor and grid.reached is not None:  # a row without tokens stays as it is, to the bit
             new_weights = where(grid.reached[0], new_weights, start)
         if isinstance(grid.ends_at_border, Tensor):
@@ -195,22 +223,23 @@ def _scan(
     settings: ChunkSettings,
     read: str,
     group: int | None,
-    grid: "ChunkGrid",
+    grid: ChunkGrid,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor],
     carry: Weights,
     base: Weights | None,
     anchor: Weights,
+    norm: Weights,
 ) -> tuple[Tensor, Tensor, Weights, Weights]:
     """Scan all chunks, ``group`` of them at a time; return reads, errors, carry and last base."""
     num_chunks, depth = grid.chunks, settings.depth
     q, k, v, theta, eta, alpha = inputs
     reads, errors = [], []
-    last_base = base or base_weights(carry[:depth], (), anchor)
+    last_base = base or base_weights(carry[:depth], anchor)
     for begin in range(0, num_chunks, group or num_chunks):
         here = slice(begin, begin + (group or num_chunks))
         real, reached = (None if t is None else t[here] for t in (grid.real, grid.reached))
         if begin:
-            start = base_weights(carry[:depth], (), anchor)
+            start = base_weights(carry[:depth], anchor)
             last_base = start if reached is None else where(reached[0], start, last_base)
             settings = replace(settings, has_base=reached is not None)
         own_base = last_base if settings.has_base else ()
@@ -218,7 +247,7 @@ def _scan(
         if group is not None and settings.keeps_work:
             part = functools.partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
         gates = (theta[here], None if eta is None else eta[here], alpha[here])
-        y, error, *ends = part(q[here], k[here], v[here], gates, *carry, *own_base, *anchor)
+        y, error, *ends = part(q[here], k[here], v[here], gates, *carry, *own_base, *anchor, *norm)
         carry = tuple(ends[: len(carry)])
         last_base = tuple(ends[len(carry) :]) or last_base
         reads.append(y)
@@ -242,121 +271,11 @@ def _scan_group(
     """Scan consecutive chunks: from gates to ``ChunkScan``."""
     coefficients = chunk_coefficients(*gates, real, read)
     scanned: Weights = ChunkScan.apply(settings, reached, q, k, v, *coefficients, *states)
-    return scanned
-
-
-@dataclass(frozen=True)
-class ChunkGrid:
-    """Where each token sits once a batch of sequences is cut into chunks of one width.
-
-    Chunk borders are multiples of ``chunk_size`` in absolute position, so a row that continues in the middle of a
-    chunk has a shorter first one. Every chunk is filled from the left. Shapes depend on shapes alone.
-
-    Attributes:
-        time: Tokens a row was given.
-        heads: Heads; rows of the grid are (batch, heads).
-        chunks: Number of chunks.
-        width: Slots of each.
-        source: (batch, chunks * width) token in every slot, or None: slot i holds token i.
-        slot: (batch, time) slot of every token, likewise.
-        real: (chunks, batch * heads, width) bool, slots that hold an existing token; None if all do.
-        exists: (batch, time) bool, tokens that exist; None if all do.
-        at_border: (batch * heads, 1, 1) bool, rows whose first token begins a chunk; None if all do.
-        ends_at_border: The same of the token after the last one; a bool if one answer holds for all rows.
-    """
-
-    time: int
-    heads: int
-    chunks: int
-    width: int
-    source: Tensor | None
-    slot: Tensor | None
-    real: Tensor | None
-    exists: Tensor | None
-    at_border: Tensor | None
-    ends_at_border: Tensor | bool
-
-    @staticmethod
-    def lay_out(
-        batch: int,
-        time: int,
-        heads: int,
-        chunk_size: int,
-        position: int | Tensor,
-        lengths: Tensor | None,
-        device: torch.device,
-    ) -> "ChunkGrid":
-        """Lay out ``time`` tokens a row, the first at absolute ``position``."""
-        width = min(chunk_size, time)
-        tokens = torch.arange(time, device=device)
-        exists = None if lengths is None else tokens < lengths[:, None]
-        if isinstance(position, int) and position % chunk_size == 0:
-            chunks = -(-time // width)
-            real = None
-            if lengths is not None or chunks * width != time:
-                held = torch.arange(chunks * width, device=device) < (time if lengths is None else lengths[:, None])
-                real = _rows_of_grid(held.expand(batch, -1), chunks, heads)
-            ends = time % chunk_size == 0 if lengths is None else _per_row(lengths % chunk_size == 0, heads)
-            return ChunkGrid(time, heads, chunks, width, None, None, real, exists, None, ends)
-
-        phase = torch.as_tensor(position, device=device).expand(batch)[:, None] % chunk_size
-        end = time if lengths is None else lengths[:, None]
-        chunks = (time + chunk_size - 2) // chunk_size + 1
-        chunk = torch.arange(chunks * width, device=device) // width
-        within = torch.arange(chunks * width, device=device) % width
-        first = (chunk * chunk_size - phase).clamp_min(0)  # first token of each slot's chunk
-        source = first + within
-        held = (source < (chunk + 1) * chunk_size - phase) & (source < end)
-        own_chunk = (phase + tokens) // chunk_size
-        slot = own_chunk * width + tokens - (own_chunk * chunk_size - phase).clamp_min(0)
-        return ChunkGrid(
-            time,
-            heads,
-            chunks,
-            width,
-            source.clamp_max(time - 1),
-            slot,
-            _rows_of_grid(held, chunks, heads),
-            exists,
-            _per_row(phase[:, 0] == 0, heads),
-            _per_row(((phase + end) % chunk_size == 0)[:, 0], heads),
-        )
-
-    def cut(self, x: Tensor) -> Tensor:
-        """(batch, time, heads, ...) -> (chunks, batch * heads, width, ...)."""
-        if self.source is not None:
-            index = self.source.view(*self.source.shape, *([1] * (x.dim() - 2)))
-            x = x.gather(1, index.expand(-1, -1, *x.shape[2:]))
-        elif (missing := self.chunks * self.width - self.time) > 0:
-            x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
-        x = x.unflatten(1, (self.chunks, self.width)).movedim(3, 1).movedim(2, 0)
-        return x.flatten(1, 2).contiguous()
-
-    def join(self, y: Tensor) -> Tensor:
-        """(chunks, batch * heads, width, d) -> (batch, time, heads, d), zeros at tokens that do not exist."""
-        y = y.unflatten(1, (-1, self.heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-        if self.slot is not None:
-            y = y.gather(1, self.slot[:, :, None, None].expand(-1, -1, *y.shape[2:]))
-        else:
-            y = y[:, : self.time]
-        return y if self.exists is None else y.masked_fill(~self.exists[:, :, None, None], 0)
-
-    @property
-    def reached(self) -> Tensor | None:
-        """Rows with a token in each chunk, (chunks, batch * heads, 1, 1); None if all have one in every chunk."""
-        if self.exists is None and self.at_border is None:
-            return None
-        assert self.real is not None
-        return self.real[:, :, :1, None]
-
-
-def _rows_of_grid(held: Tensor, chunks: int, heads: int) -> Tensor:
-    slots: Tensor = held.unflatten(1, (chunks, -1))
-    return slots.transpose(0, 1).repeat_interleave(heads, dim=1)
-
-
-def _per_row(flag: Tensor, heads: int) -> Tensor:
-    return flag.repeat_interleave(heads)[:, None, None]
+    if not settings.has_norm:
+        return scanned
+    gain, bias = states[-2:]
+    normal, _ = normalise(scanned[0])
+    return (torch.addcmul(q + bias, normal, gain), *scanned[1:])
 
 
 def _to_rows(part: Weights | None, dtype: torch.dtype) -> Weights:
@@ -374,6 +293,7 @@ def _check(
     others: dict[str, Weights | None],
     lengths: Tensor | None,
     position: int | Tensor,
+    norm: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     if q.dim() != 4 or q.shape[1] < 1:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (batch, time, heads, key width), time >= 1")
@@ -407,6 +327,12 @@ def _check(
             raise ValueError(
                 f"{name} has shapes {shapes}; they must be those of weights, {[tuple(w.shape) for w in weights]}"
             )
+    if norm is not None:
+        if v.shape != q.shape:
+            raise ValueError(f"norm adds M(x) to x, but v has width {v.shape[-1]} and q {q.shape[-1]}; make them equal")
+        if [t.shape for t in norm] != [(heads, width)] * 2:
+            shapes = [tuple(t.shape) for t in norm]
+            raise ValueError(f"norm has shapes {shapes}; gain and bias must be (heads, width) = {(heads, width)} each")
     for name, numbers in (("lengths", lengths), ("position", position)):
         if isinstance(numbers, Tensor) and (numbers.shape != (batch,) or numbers.is_floating_point()):
             raise ValueError(

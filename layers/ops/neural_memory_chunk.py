@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from memzoo.layers.ops.activations import ACTIVATIONS
+from memzoo.layers.ops.neural_memory_clip import clip_backward, clip_errors, clip_factor
+from memzoo.layers.ops.neural_memory_norm import gradient, gradient_backward, normalise
 
 Tensors = tuple[Tensor, ...]
 
@@ -38,6 +40,7 @@ class ChunkSettings:
         max_gradient_norm: Largest norm of one token's gradient over all layers, or None.
         has_base: Gradients are taken at weights given apart, not at those carried.
         has_anchor: Forgetting decays towards given weights, not towards zero.
+        has_norm: A residual and a LayerNorm, whose gain and bias are given, surround the network.
         keeps_work: A backward pass may follow.
     """
 
@@ -48,14 +51,43 @@ class ChunkSettings:
     max_gradient_norm: float | None
     has_base: bool
     has_anchor: bool
+    has_norm: bool
     keeps_work: bool
 
-    def split(self, states: Tensors) -> tuple[list[Tensors], Tensors, Tensors]:
-        """Part (*carry, *base, *anchor) into carry[block][layer], base[layer], anchor[layer]; absent ones are empty."""
-        parts = [states[i : i + self.depth] for i in range(0, len(states), self.depth)]
+    def split(self, states: Tensors) -> "ChunkStates":
+        """Part (*carry, *base, *anchor, *norm), each there or not."""
+        parts = [states[i : i + self.depth] for i in range(0, self.depth * self.num_groups, self.depth)]
         carry, rest = parts[: self.blocks], parts[self.blocks :]
         base = rest.pop(0) if self.has_base else ()
-        return carry, base, rest.pop(0) if self.has_anchor else ()
+        anchor = rest.pop(0) if self.has_anchor else ()
+        return ChunkStates(carry, base, anchor, states[self.depth * self.num_groups :])
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups of ``depth`` matrices among the states."""
+        return self.blocks + self.has_base + self.has_anchor
+
+
+@dataclass(frozen=True)
+class ChunkStates:
+    """What a chunk starts from.
+
+    Attributes:
+        carry: carry[block][layer], (R, d_in, d_out).
+        base: Weights at which gradients are taken, if not those carried, likewise; or ().
+        anchor: Weights that forgetting decays towards, likewise; or ().
+        norm: Gain and bias of the LayerNorm, (R, 1, d_L) each; or ().
+    """
+
+    carry: list[Tensors]
+    base: Tensors
+    anchor: Tensors
+    norm: Tensors
+
+    @property
+    def weights(self) -> Tensors:
+        """The weights at which the chunk's gradients are taken."""
+        return self.base or base_weights(self.carry[0], self.anchor)
 
 
 @dataclass
@@ -74,6 +106,8 @@ class ChunkWork:
         mixed: ``score`` times the table.
         product: ``a`` times each carried block, of the layers that narrow, (R, C, d_out).
         clip: Factor of every token's gradient (R, C, 1), or no entry.
+        norm: With a LayerNorm around the network: what it makes of the keys' outputs (R, C, d_L), their deviation
+            (R, C, 1) and the error behind it (R, C, d_L).
     """
 
     x: list[Tensor] = field(default_factory=list)
@@ -87,6 +121,7 @@ class ChunkWork:
     mixed: list[Tensor] = field(default_factory=list)
     product: list[Tensor] = field(default_factory=list)
     clip: list[Tensor] = field(default_factory=list)
+    norm: list[Tensor] = field(default_factory=list)
 
     def pack(self) -> tuple[list[int], list[Tensor]]:
         """Return the lengths of the lists and all tensors in one list, as autograd keeps them."""
@@ -125,18 +160,16 @@ class ChunkInputs:
 
 
 def chunk_forward(
-    settings: ChunkSettings, inputs: ChunkInputs, states: Tensors, y: Tensor
-) -> tuple[list[Tensor], ChunkWork]:
-    """Read into ``y`` and write; return the new carry and what the backward pass needs.
+    settings: ChunkSettings, inputs: ChunkInputs, states: ChunkStates, y: Tensor
+) -> tuple[list[Tensor], Tensor, ChunkWork]:
+    """Read into ``y`` (R, C, d_L) and write.
 
-    Args:
-        settings: Of the chunk.
-        inputs: Of the chunk.
-        states: The carried blocks, layer by layer, then the base and the anchor if there are; (R, d_in, d_out) each.
-        y: Filled with the reads, (R, C, d_L).
+    ``y`` is what the network gives; a residual and a norm around it are the caller's to add.
+
+    Returns:
+        The new carry, the norm of each token's error (R, C), and what the backward pass needs.
     """
-    carry, base, anchor = settings.split(states)
-    weights = base_weights(carry[0], base, anchor)
+    carry, weights, anchor = states.carry, states.weights, states.anchor
     fn = ACTIVATIONS[settings.activation]
     last = settings.depth - 1
     work = ChunkWork(x=[inputs.k], a=[inputs.q])
@@ -148,15 +181,24 @@ def chunk_forward(
         work.x.append(value)
         work.first.append(first)
         work.second += second
-    d = [torch.baddbmm(inputs.v, work.x[last], weights[last], alpha=-1)]
+    if states.norm:
+        gain, bias = states.norm
+        normal, deviation = normalise(torch.bmm(work.x[last], weights[last]))
+        error = torch.addcmul(bias, normal, gain) + inputs.k - inputs.v
+        work.norm = [normal, deviation, error]
+        d = [gradient(normal, deviation, error, gain).neg_()]
+    else:
+        error = torch.baddbmm(inputs.v, work.x[last], weights[last], alpha=-1)  # its negative
+        d = [error]
+    error_norm = torch.linalg.vector_norm(error, dim=-1)
     if settings.loss_scale != 1:
         d[0].mul_(settings.loss_scale)
     for i in range(last, 0, -1):
         work.e.insert(0, torch.bmm(d[0], weights[i].mT))
         d.insert(0, work.e[0] * work.first[i - 1])
     if settings.max_gradient_norm is not None:
-        work.clip.append(_clip_factor(work.x, d, settings.max_gradient_norm))
-        d = [d_i * work.clip[0] for d_i in d]
+        work.clip.append(clip_factor(work.x, d, settings.max_gradient_norm))
+        d = [clip_errors(d_i, work.clip[0]) for d_i in d]
     work.d = d
 
     # Queries forward through the weights after each token, which exist only as coefficients.
@@ -186,21 +228,20 @@ def chunk_forward(
                 m.addcmul_(carry[later][i], inputs.transition[b, later])
             x, d_i = (work.x[i] * coefficient, d[i]) if _widens(m) else (work.x[i], d[i] * coefficient)
             new.append(m.baddbmm_(x.mT, d_i))
-    return new, work
+    return new, error_norm, work
 
 
 def chunk_backward(
     settings: ChunkSettings,
     inputs: ChunkInputs,
-    states: Tensors,
+    states: ChunkStates,
     work: ChunkWork,
     d_y: Tensor,
     d_new: list[Tensor],
     grads: ChunkInputs,
 ) -> list[Tensor]:
-    """Fill ``grads`` with the gradients of ``inputs`` and return those of ``states``, in their order."""
-    carry, base, anchor = settings.split(states)
-    weights = base_weights(carry[0], base, anchor)
+    """Fill ``grads`` with the gradients of ``inputs`` and return those of ``states``, as a flat list."""
+    carry, weights, base, anchor = states.carry, states.weights, states.base, states.anchor
     x, d = work.x, work.d
     last = settings.depth - 1
 
@@ -262,7 +303,7 @@ def chunk_backward(
         _sum(dots, into)
 
     if work.clip:
-        d = _clip_backward(x, d, work.clip[0], d_x, d_d)
+        d = clip_backward(x, d, work.clip[0], d_x, d_d)
 
     # The errors, first layer first: e = d_next w_next^T, d = e * act'. Carried weights take their gradients at once.
     d_weights = [torch.zeros_like(w) for w in weights] if base or anchor else d_carry[0]
@@ -275,6 +316,7 @@ def chunk_backward(
     if settings.loss_scale != 1:
         d_d[last].mul_(settings.loss_scale)
     d_z.append(d_d[last].neg())
+    d_norm = _norm_backward(states.norm[0], work.norm, d_z, grads) if states.norm else []
 
     # The keys, last layer first: z = x w, x_next = act(z).
     for i in range(last, -1, -1):
@@ -287,7 +329,20 @@ def chunk_backward(
         for d_m, d_u, d_w in zip(d_anchor, d_carry[0], d_weights, strict=True):
             d_m += d_w
             d_u += d_w
-    return [t for block in d_carry for t in block] + (d_weights if base else []) + d_anchor
+    return [t for block in d_carry for t in block] + (d_weights if base else []) + d_anchor + d_norm
+
+
+def _norm_backward(gain: Tensor, work: list[Tensor], d_z: list[Tensor], grads: ChunkInputs) -> list[Tensor]:
+    """Turn ``d_z[-1]``, a gradient of the gradient at the LayerNorm's input, into that of the input itself.
+
+    Returns:
+        The gradients of gain and bias.
+    """
+    normal, deviation, error = work
+    d_z[-1], d_error, d_gain = gradient_backward(normal, deviation, error, gain, d_z[-1])
+    grads.k.add_(d_error)
+    torch.neg(d_error, out=grads.v)
+    return [d_gain.sum(1, keepdim=True), d_error.sum(1, keepdim=True)]
 
 
 def _transition_backward(
@@ -307,10 +362,8 @@ def _transition_backward(
     return d_carry
 
 
-def base_weights(carried: Tensors, base: Tensors, anchor: Tensors) -> Tensors:
-    """Return the weights at which the chunk's gradients are taken."""
-    if base:
-        return base
+def base_weights(carried: Tensors, anchor: Tensors) -> Tensors:
+    """Return the weights that the first carried block stands for."""
     return tuple(w + m for w, m in zip(carried, anchor, strict=True)) if anchor else carried
 
 
@@ -329,37 +382,3 @@ def _sum(parts: list[Tensor], into: Tensor) -> None:
     into.copy_(parts[0])
     for part in parts[1:]:
         into += part
-
-
-def _squared_norms(x: list[Tensor], d: list[Tensor]) -> Tensor:
-    """Squared norm of each token's gradient, all layers together: the sum of |x|^2 |d|^2. (R, C, 1)."""
-    layers = [
-        x_i.square().sum(-1, keepdim=True) * d_i.square().sum(-1, keepdim=True) for x_i, d_i in zip(x, d, strict=True)
-    ]
-    return torch.stack(layers).sum(0)
-
-
-def _clip_factor(x: list[Tensor], d: list[Tensor], limit: float) -> Tensor:
-    """Factor that brings each token's gradient to a norm of at most ``limit``; exactly 1 below it. (R, C, 1)."""
-    squared = _squared_norms(x, d)
-    return torch.where(squared > limit * limit, limit * squared.clamp_min(limit * limit).rsqrt(), 1)
-
-
-def _clip_backward(
-    x: list[Tensor], d: list[Tensor], clip: Tensor, d_x: list[Tensor], d_d: list[Tensor]
-) -> list[Tensor]:
-    """Turn gradients of the clipped errors ``d`` into those of the raw ones, in place; add those of ``x``.
-
-    With raw errors u = d / clip and n^2 their squared norm, clip = limit / n where it acts, so
-    d clip / d n^2 = -clip / (2 n^2), and n^2 is quadratic in u and in x.
-
-    Returns:
-        The raw errors.
-    """
-    raw = [d_i / clip for d_i in d]
-    d_clip = torch.stack([(g * u).sum(-1, keepdim=True) for g, u in zip(d_d, raw, strict=True)]).sum(0)
-    d_squared = torch.where(clip < 1, d_clip * clip / (-2 * _squared_norms(x, raw)), 0)
-    for i, u in enumerate(raw):
-        d_d[i].mul_(clip).addcmul_(u, 2 * d_squared * x[i].square().sum(-1, keepdim=True))
-        d_x[i].addcmul_(x[i], 2 * d_squared * u.square().sum(-1, keepdim=True))
-    return raw

@@ -4,8 +4,7 @@ One function of all chunks, because autograd, given one function a chunk, would 
 fill with zeros what the pieces do not cover.
 """
 
-from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from memzoo.layers.ops.neural_memory_chunk import (
     ChunkInputs,
     ChunkSettings,
+    ChunkStates,
     ChunkWork,
     Tensors,
-    base_weights,
     chunk_backward,
     chunk_forward,
 )
@@ -37,82 +36,78 @@ class ChunkScan(torch.autograd.Function):
         settings: Of the chunks; a base given apart is that of the first.
         reached: (n, R, 1, 1) bool, rows that have a token in each chunk; None if all do.
         inputs: The fields of ``ChunkInputs``, with the n chunks as first axis.
-        states: The carried blocks, layer by layer, then the base and the anchor if there are; (R, d_in, d_out) each.
+        states: What the first chunk starts from, as ``ChunkSettings.split`` parts it.
     """
 
     @staticmethod
     def forward(ctx: Any, settings: ChunkSettings, reached: Tensor | None, *tensors: Tensor) -> Tensors:
-        stacked, states = ChunkInputs(*tensors[:NUM_INPUTS]), tensors[NUM_INPUTS:]
-        carry, own_base, anchor = settings.split(states)
-        base = base_weights(carry[0], own_base, anchor)
+        stacked = ChunkInputs(*tensors[:NUM_INPUTS])
+        states = settings.split(tensors[NUM_INPUTS:])
+        base, count = states.weights, settings.depth * settings.blocks
         y = torch.empty_like(stacked.v)
-        norms: list[Tensor] = []
+        errors: list[Tensor] = []
+        new: list[Tensor] = []
         kept: list[Tensor] = []
         lengths: list[int] = []
-        now, new = settings, list(states)
         for j in range(len(y)):
             if j:
-                now, states = replace(settings, has_base=False), (*new, *anchor)
-                start = base_weights(tuple(new[: settings.depth]), (), anchor)
-                base = start if reached is None else where(reached[j], start, base)
-            new, work = chunk_forward(now, _chunk(stacked, j), states, y[j])
-            error = work.d[-1] / work.clip[0] if work.clip else work.d[-1]
-            norms.append(torch.linalg.vector_norm(error, dim=-1))
+                states = _next(settings, states, new)
+                base = states.weights if reached is None else where(reached[j], states.weights, base)
+            new, error, work = chunk_forward(settings, _chunk(stacked, j), states, y[j])
+            errors.append(error)
             if settings.keeps_work:
                 lengths, packed = work.pack()
                 kept += [*new, *packed]
-        norm = torch.stack(norms) / settings.loss_scale
+        error = torch.stack(errors)
         ctx.save_for_backward(reached, *tensors, *kept)
-        ctx.settings, ctx.lengths, ctx.num_given = settings, lengths, len(tensors)
-        ctx.mark_non_differentiable(norm)
-        return (y, norm, *new, *(base if len(y) > 1 else ()))
+        ctx.settings, ctx.num_given, ctx.strides = settings, len(tensors), (count, count + sum(lengths))
+        ctx.lengths = lengths
+        ctx.mark_non_differentiable(error)
+        return (y, error, *new, *(base if len(y) > 1 else ()))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         settings: ChunkSettings = ctx.settings
+        count, stride = ctx.strides
         reached, *saved = ctx.saved_tensors
-        tensors, kept = tuple(saved[: ctx.num_given]), saved[ctx.num_given :]
-        stacked, states = ChunkInputs(*tensors[:NUM_INPUTS]), tensors[NUM_INPUTS:]
-        anchor = settings.split(states)[2]
-        depth, carried = settings.depth, settings.depth * settings.blocks
-        stride = carried + sum(ctx.lengths)
-        d_y, d_new, d_base = outer[0].contiguous(), list(outer[2 : 2 + carried]), list(outer[2 + carried :])
-        d_anchor = [torch.zeros_like(m) for m in anchor]
+        tensors = tuple(saved[: ctx.num_given])
+        kept = [saved[i : i + stride] for i in range(ctx.num_given, len(saved), stride)]  # a list a chunk
+        stacked, first = ChunkInputs(*tensors[:NUM_INPUTS]), settings.split(tensors[NUM_INPUTS:])
         grads = ChunkInputs(*(torch.empty_like(t) for t in tensors[:NUM_INPUTS]))
+        d_y, d_new, d_base = outer[0].contiguous(), list(outer[2 : 2 + count]), list(outer[2 + count :])
+        d_shared = [torch.zeros_like(t) for t in (*first.anchor, *first.norm)]
         d_own_base: list[Tensor] = []
         with no_autocast(d_y.device):  # the caller's may be on
             for j in reversed(range(len(d_y))):
-                here = kept[j * stride : (j + 1) * stride]
-                work = ChunkWork.unpack(ctx.lengths, here[carried:])
-                if j:
-                    now, starts = (
-                        replace(settings, has_base=False),
-                        (*kept[(j - 1) * stride : (j - 1) * stride + carried], *anchor),
-                    )
-                else:
-                    now, starts = settings, states
-                d_states = chunk_backward(now, _chunk(stacked, j), starts, work, d_y[j], d_new, _chunk(grads, j))
-                d_new = d_states[:carried]
-                if now.has_base:
-                    d_own_base = d_states[carried : carried + depth]
-                _add(d_anchor, d_states[len(d_states) - len(anchor) :])
+                states = _next(settings, first, kept[j - 1][:count]) if j else first
+                work = ChunkWork.unpack(ctx.lengths, tuple(kept[j][count:]))
+                d_states = chunk_backward(settings, _chunk(stacked, j), states, work, d_y[j], d_new, _chunk(grads, j))
+                d_new, d_rest = d_states[:count], d_states[count:]
+                d_own_base, d_rest = d_rest[: len(states.base)], d_rest[len(states.base) :]
+                _add(d_shared, d_rest)
+                # Rows whose last chunk this is have their gradient base at its start; so do all at the first.
                 if not d_base:
                     continue
-                # Rows whose last chunk this is have their base at its start.
-                ours = d_base
-                if j and reached is not None:
-                    ours, d_base = (
-                        [torch.where(reached[j], g, 0) for g in d_base],
-                        [torch.where(reached[j], 0, g) for g in d_base],
-                    )
-                elif j:
-                    d_base = []
-                _add(d_own_base if now.has_base else d_new[:depth], ours)
-                if not now.has_base:
-                    _add(d_anchor, ours)
+                ours, d_base = _part(d_base, reached, j)
+                _add(d_own_base or d_new[: settings.depth], ours)
+                if not d_own_base and first.anchor:
+                    _add(d_shared[: settings.depth], ours)
         inputs = (getattr(grads, f.name) for f in fields(grads))
-        return (None, None, *inputs, *d_new, *d_own_base, *d_anchor)
+        return (None, None, *inputs, *d_new, *d_own_base, *d_shared)
+
+
+def _next(settings: ChunkSettings, states: ChunkStates, new: list[Tensor]) -> ChunkStates:
+    """Return what the chunk after one that carries ``new`` starts from."""
+    carry = [tuple(new[i : i + settings.depth]) for i in range(0, len(new), settings.depth)]
+    return ChunkStates(carry, (), states.anchor, states.norm)
+
+
+def _part(d_base: list[Tensor], reached: Tensor | None, j: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Part gradients of the last bases into those of rows that reach chunk ``j`` and those left to earlier chunks."""
+    if reached is None or j == 0:
+        return d_base, []
+    return [torch.where(reached[j], g, 0) for g in d_base], [torch.where(reached[j], 0, g) for g in d_base]
 
 
 def where(condition: Tensor, yes: Tensors, no: Tensors) -> Tensors:
@@ -124,6 +119,6 @@ def _chunk(stacked: ChunkInputs, j: int) -> ChunkInputs:
     return ChunkInputs(*(getattr(stacked, f.name)[j] for f in fields(stacked)))
 
 
-def _add(to: Iterable[Tensor], parts: Iterable[Tensor]) -> None:
-    for total, part in zip(to, parts, strict=False):
+def _add(totals: list[Tensor], parts: list[Tensor]) -> None:
+    for total, part in zip(totals, parts, strict=True):
         total += part

@@ -43,6 +43,7 @@ class Memory:
     loss_scale: float
     read: str
     max_gradient_norm: float | None
+    norm: tuple[Tensor, Tensor] | None
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | float, alpha: Tensor) -> Tensor:
         """Absorb one token and return what its query reads. q, k, v are vectors, theta, eta, alpha scalars."""
@@ -56,13 +57,15 @@ class Memory:
         return y_before if self.read == "pre" else self.recall(self.W, q)
 
     def recall(self, W: Weights, x: Tensor) -> Tensor:
-        """M(W; x)."""
+        """M(W; x), or x + LayerNorm(M(W; x)) with a residual and a norm around the MLP."""
+        z = x
         for layer in W[:-1]:
-            x = ACTIVATIONS[self.activation](x @ layer)
-        return x @ W[-1]
+            z = ACTIVATIONS[self.activation](z @ layer)
+        z = z @ W[-1]
+        return z if self.norm is None else x + F.layer_norm(z, z.shape, *self.norm, eps=1e-6)
 
     def gradient(self, k: Tensor, v: Tensor) -> Weights:
-        """The derivative of the loss at the base, its norm over all layers limited if asked."""
+        """The derivative of the loss at the base, its norm over all layers limited if asked, dropped if not finite."""
 
         def loss(W: Weights) -> Tensor:
             return self.loss_scale / 2 * (self.recall(W, k) - v).square().sum()
@@ -70,7 +73,10 @@ class Memory:
         g: Weights = torch.func.grad(loss)(self.W_b)
         if self.max_gradient_norm is None:
             return g
-        norm = torch.linalg.vector_norm(torch.cat([layer.flatten() for layer in g]))
+        squared = torch.cat([layer.flatten() for layer in g]).square().sum()
+        if not squared.isfinite():
+            return tuple(torch.zeros_like(layer) for layer in g)
+        norm = torch.where(squared > 0, squared, 1).sqrt() * (squared > 0)
         return tuple(layer * (self.max_gradient_norm / norm.clamp_min(self.max_gradient_norm)) for layer in g)
 
     @property
@@ -97,13 +103,14 @@ def neural_memory(
     base: Weights | None = None,
     anchor: Weights | None = None,
     max_gradient_norm: float | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Weights, Weights]:
     """``neural_memory_scan`` without the base: returns y, weights, momentum."""
     y, weights, momentum, _ = neural_memory_scan(
         q, k, v, theta, eta, alpha, weights, momentum,
         chunk_size=chunk_size, activation=activation, loss_scale=loss_scale, read=read, position=position, base=base,
-        anchor=anchor, max_gradient_norm=max_gradient_norm, lengths=lengths,
+        anchor=anchor, max_gradient_norm=max_gradient_norm, norm=norm, lengths=lengths,
     )  # fmt: skip
     return y, weights, momentum
 
@@ -126,6 +133,7 @@ def neural_memory_scan(
     base: Weights | None = None,
     anchor: Weights | None = None,
     max_gradient_norm: float | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Weights, Weights, Weights]:
     """Train every memory on its keys and values while its queries read it.
@@ -146,12 +154,15 @@ def neural_memory_scan(
         position: Tokens absorbed before, for all rows or one number a row; says where in a chunk the call begins.
         base: W_b of the chunk that an earlier call began; W by default.
         anchor: A, what forgetting decays towards; zero by default.
-        max_gradient_norm: g, all layers together, is scaled down to this Frobenius norm.
+        max_gradient_norm: g, all layers together, is scaled down to this Frobenius norm; if its square is not finite
+            the token writes nothing.
+        norm: Gain and bias of a LayerNorm in the memory, M(x) = x + LayerNorm(MLP(x)); none by default.
         lengths: Tokens that exist in each row, all by default; outputs behind them are zero.
 
     Shape:
         q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha: (batch, time, heads). Layer l
-        of weights, momentum, base, anchor: (batch, heads, d_{l-1}, d_l). position, lengths: (batch,).
+        of weights, momentum, base, anchor: (batch, heads, d_{l-1}, d_l). gain, bias: (heads, d_L). position,
+        lengths: (batch,).
 
     Returns:
         y (batch, time, heads, d_L), weights, momentum (empty without ``eta``), base (at a chunk's end, the weights).
@@ -165,7 +176,10 @@ def neural_memory_scan(
     for row in range(batch):
         for head in range(heads):
             W, S, W_b, A = (tuple(layer[row, head] for layer in state) for state in states)
-            memory = Memory(W, S, W_b, A, starts[row], chunk_size, activation, loss_scale, read, max_gradient_norm)
+            own_norm = None if norm is None else (norm[0][head], norm[1][head])
+            memory = Memory(
+                W, S, W_b, A, starts[row], chunk_size, activation, loss_scale, read, max_gradient_norm, own_norm
+            )
             for t in range(time):
                 q_t, k_t, v_t, theta_t, alpha_t = (x[row, t, head] for x in (q, k, v, theta, alpha))
                 eta_t = 0.0 if eta is None else eta[row, t, head]

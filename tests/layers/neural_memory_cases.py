@@ -25,6 +25,7 @@ def make_case(
     hidden: int = 5,
     depth: int = 2,
     value_dim: int | None = None,
+    with_norm: bool = False,
     seed: int = 0,
 ) -> Case:
     """Random float64 arguments of the op: unit keys and queries, gates over all of (0, 1), a memory in mid-course."""
@@ -52,7 +53,7 @@ def make_case(
         "momentum": layers(0.3),
         "base": layers(0.6),
         "anchor": layers(0.6),
-    }
+    } | ({"norm": (1 + 0.3 * normal(heads, dim), 0.3 * normal(heads, dim))} if with_norm else {})
 
 
 def take(case: Case, rows: Any = slice(None), times: Any = slice(None), heads: Any = slice(None)) -> Case:

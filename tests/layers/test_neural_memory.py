@@ -78,6 +78,8 @@ def cases(draw: st.DrawFn) -> tuple[Case, Case]:
     batch, length, chunk_size = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
     sizes = {"heads": draw(st.integers(1, 2)), "depth": draw(st.integers(1, 3)), "hidden": draw(st.integers(1, 4))}
     sizes |= {"dim": draw(st.integers(1, 3)), "value_dim": draw(st.integers(1, 3)), "seed": draw(st.integers(0, 99))}
+    if draw(st.booleans()):
+        sizes |= {"value_dim": None, "with_norm": True}
     case = make_case(batch=batch, time=length, **sizes)
     dropped = draw(st.sets(st.sampled_from(["eta", "momentum", "base", "anchor"])))
     case |= dict.fromkeys(dropped | ({"momentum"} if "eta" in dropped else set()))
@@ -128,12 +130,14 @@ def test_03_outer_gradients_equal_the_reference(depth, activation):
         (("eta", "momentum"), {"loss_scale": 2.0}),
         ((), {"max_gradient_norm": 0.5}),
         ((), {"position": torch.tensor([3, 1]), "lengths": torch.tensor([2, 6])}),
+        (("base",), {"with_norm": True, "loss_scale": 2.0, "lengths": torch.tensor([3, 5])}),
         (("base",), {"read": "pre", "max_gradient_norm": 0.5, "lengths": torch.tensor([0, 5])}),
     ],
-    ids=["pre", "no-momentum", "limited", "ragged-phases", "all"],
+    ids=["pre", "no-momentum", "limited", "ragged-phases", "norm", "all"],
 )
 def test_03_outer_gradients_equal_the_reference_with_every_option(dropped, options):
-    case = without(make_case(time=6), *dropped)
+    options = dict(options)
+    case = without(make_case(time=6, with_norm=options.pop("with_norm", False)), *dropped)
     options = {"chunk_size": 4} | options | ({"eta": None} if "eta" in dropped else {})
     expected = gradients(reference.neural_memory_scan, case, **options)
     assert_close(gradients(neural_memory_scan, case, **options), expected)
@@ -196,6 +200,19 @@ def test_03_a_gradient_of_zero_passes_the_norm_limit_without_nan():
     actual, expected = (gradients(f, case, **options) for f in (neural_memory_scan, reference.neural_memory_scan))
     assert all(g.isfinite().all() for g in actual)
     assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_03_a_token_whose_gradient_overflows_writes_nothing_and_spoils_no_gradient(depth):
+    case = without(make_case(time=5, depth=depth), "base")
+    case["v"][0, 2, 1], case["v"][1, 3, 0] = 1e200, torch.inf
+    options = {"chunk_size": 3, "max_gradient_norm": 0.5}
+    assert_close(neural_memory(**case, **options), reference.neural_memory(**case, **options))
+    finite = tree_map(torch.clone, case)
+    finite["v"] = case["v"].nan_to_num(posinf=1e200)
+    actual = gradients(neural_memory_scan, finite, **options)
+    assert all(g.isfinite().all() for g in actual)
+    assert_close(actual, gradients(reference.neural_memory_scan, finite, **options))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
