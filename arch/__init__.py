@@ -18,7 +18,10 @@ from memzoo.arch.registry import (
     register_model,
 )
 from memzoo.arch.sizes import PartSize, part_sizes
-from memzoo.arch.titans import TitansLMM
+from memzoo.arch.titans_lmm import TitansLMM
+from memzoo.arch.titans_mac import TitansMAC
+from memzoo.arch.titans_mag import TitansMAG
+from memzoo.arch.titans_mal import TitansMAL
 from memzoo.arch.transformer import Transformer
 
 __all__ = [
@@ -31,6 +34,9 @@ __all__ = [
     "ModelEntry",
     "PartSize",
     "TitansLMM",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
     "Transformer",
     "create_model",
     "from_pretrained",

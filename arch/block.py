@@ -15,7 +15,8 @@ from memzoo.layers.trace import Trace
 class Block(nn.Module):
     """Pre-norm residual block: ``x + mixer(norm(x))``, then ``x + ffn(norm(x))``.
 
-    Any mixer and any channel layer of the catalog fit.
+    Any mixer and any channel layer of the catalog fit. A mixer that says ``reads_residual`` norms the residual stream
+    itself, so it gets ``x`` as it is.
 
     Args:
         mixer: Mixes along time; its ``dim`` is the block's.
@@ -31,7 +32,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = mixer.dim
-        self.mixer_norm = norm(mixer.dim)
+        self.mixer_norm = nn.Identity() if mixer.reads_residual else norm(mixer.dim)
         self.mixer = mixer
         self.ffn_norm = None if ffn is None else norm(mixer.dim)
         self.ffn = ffn

@@ -34,8 +34,9 @@ class CausalLM(nn.Module):
 
     Weights start as in GPT-2. Embedding, head and plain projections (every ``nn.Linear`` without a bias) are drawn with
     a standard deviation of 0.02, over ``sqrt(number of residual branches)`` where they write to the residual stream
-    (layers call that one ``out`` or ``down``). All else, such as gates (``nn.Linear`` with a bias), convolutions and a
-    memory's initial weights, stays as its layer drew it. Load trained weights after composing, not before.
+    (layers call that one ``out`` or ``down``, or name theirs in ``residual_outputs()``). All else, such as gates
+    (``nn.Linear`` with a bias), convolutions and a memory's initial weights, stays as its layer drew it. Load trained
+    weights after composing, not before.
 
     Args:
         vocab_size: Number of token ids.
@@ -102,13 +103,14 @@ class CausalLM(nn.Module):
 
     def _draw_weights(self) -> None:
         blocks = cast(Iterable[Block], self.blocks)
-        branches = [layer for block in blocks for layer in (block.mixer, block.ffn) if layer is not None]
-        outputs = [getattr(layer, name, None) for layer in branches for name in RESIDUAL_OUTPUTS]
+        layers = [layer for block in blocks for layer in (block.mixer, block.ffn) if layer is not None]
+        outputs = [_residual_outputs(layer) for layer in layers]
+        branches = sum(len(own) or 1 for own in outputs)
         nn.init.normal_(self.embedding.weight, std=INITIAL_STD)
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is None:
-                writes = any(module is output for output in outputs)
-                nn.init.normal_(module.weight, std=INITIAL_STD * (len(branches) ** -0.5 if writes else 1.0))
+                writes = any(module is output for own in outputs for output in own)
+                nn.init.normal_(module.weight, std=INITIAL_STD * (branches**-0.5 if writes else 1.0))
 
     def num_parameters(self) -> int:
         """Return the number of parameters, tied ones once."""
@@ -249,6 +251,15 @@ class CausalLM(nn.Module):
                 f"pass what this model returned, or None"
             )
         return state.blocks
+
+
+def _residual_outputs(layer: nn.Module) -> list[nn.Linear]:
+    """Return what writes to the residual stream: what the layer says, or its projection of a usual name."""
+    declared = getattr(layer, "residual_outputs", None)
+    if declared is not None:
+        return list(declared())
+    named = [getattr(layer, name, None) for name in RESIDUAL_OUTPUTS]
+    return [output for output in named if isinstance(output, nn.Linear)]
 
 
 def _checkpointed(

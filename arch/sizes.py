@@ -44,7 +44,7 @@ def part_sizes(model: CausalLM, state: CausalLMState | None = None) -> list[Part
     sizes: dict[str, PartSize] = {}
     counted: set[nn.Parameter] = set()
     for module, state_bytes in parts:
-        if module is None:
+        if module is None or isinstance(module, nn.Identity):
             continue
         name = type(module).__name__
         known = sizes.get(name, PartSize(name, 0, 0, 0))

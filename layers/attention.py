@@ -9,7 +9,7 @@ from memzoo.layers.errors import check_divisible, check_positive
 from memzoo.layers.heads import resolve_heads
 from memzoo.layers.mixer import SequenceMixer
 from memzoo.layers.norm import RMSNorm
-from memzoo.layers.ops.attention import BACKENDS, AttentionState, Prefix, attention, check_window
+from memzoo.layers.ops.attention import BACKENDS, AttentionState, attention, check_window
 from memzoo.layers.ops.backend import check_backend
 from memzoo.layers.registry import register_layer
 from memzoo.layers.rotary import Rotary
@@ -97,8 +97,34 @@ class Attention(SequenceMixer):
     def mix(
         self, x: Tensor, state: MixerState | None, *, lengths: Tensor | None, trace: Trace | None, donate: bool
     ) -> tuple[Tensor, Any]:
-        """Attend; nothing is reported to ``trace``."""
-        past = cast(AttentionState | None, state)
+        """Attend, with the layer's own prefix tokens; nothing is reported to ``trace``."""
+        prefix_tokens = None if self.prefix_tokens is None else self.prefix_tokens[None]
+        return self.attend(
+            x, cast(AttentionState | None, state), lengths=lengths, donate=donate, prefix_tokens=prefix_tokens
+        )
+
+    def attend(
+        self,
+        x: Tensor,
+        state: AttentionState | None,
+        *,
+        lengths: Tensor | None,
+        donate: bool,
+        prefix_tokens: Tensor | None,
+    ) -> tuple[Tensor, AttentionState]:
+        """``mix`` with prefix tokens that the caller brings, in place of the layer's own.
+
+        Args:
+            x: Rows that begin at the left.
+            state: As in ``mix``, and so ``lengths`` and ``donate``.
+            lengths: Tokens that exist in each row.
+            donate: The caller gives ``state`` away.
+            prefix_tokens: Tokens that every query sees, without positions and outside the window; None for none.
+
+        Shape:
+            x: (batch, time, dim). prefix_tokens: (batch or 1, num_prefix, dim). Returns (batch, time, dim) and the
+            state.
+        """
         q = self.query_norm(self.query(x).unflatten(-1, (self.num_heads, self.head_dim)))
         k, v = self._keys_and_values(x)
         if self.rotary is not None:
@@ -111,8 +137,8 @@ class Attention(SequenceMixer):
             k,
             v,
             window=self.window,
-            prefix=self._prefix(),
-            state=past,
+            prefix=None if prefix_tokens is None else self._keys_and_values(prefix_tokens),
+            state=state,
             lengths=lengths,
             donate=donate,
             backend=self.backend,
@@ -122,9 +148,6 @@ class Attention(SequenceMixer):
     def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = (self.num_kv_heads, self.head_dim)
         return self.key_norm(self.key(x).unflatten(-1, shape)), self.value(x).unflatten(-1, shape)
-
-    def _prefix(self) -> Prefix | None:
-        return None if self.prefix_tokens is None else self._keys_and_values(self.prefix_tokens[None])
 
     def extra_repr(self) -> str:
         """Heads."""

@@ -29,6 +29,9 @@ class SequenceMixer(nn.Module, ABC):
     state_class: ClassVar[type[MixerState]] = MixerState
     """What ``initial_state`` and ``forward`` return."""
 
+    reads_residual: ClassVar[bool] = False
+    """Whether ``x`` is to be the residual stream as it is: the mixer norms it itself. ``Block`` then puts no norm."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim

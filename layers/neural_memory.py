@@ -7,41 +7,36 @@ decay (forgetting), at train and test time alike. Outer training differentiates 
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memzoo.layers.errors import check_choice, check_positive
+from memzoo.layers.errors import check_choice, check_divisible, check_positive
 from memzoo.layers.heads import resolve_heads
 from memzoo.layers.mixer import SequenceMixer, counters
+from memzoo.layers.neural_memory_parts import (
+    Gates,
+    NeuralMemoryState,
+    delay,
+    join_columns,
+    part_columns,
+    unit,
+)
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.activations import ACTIVATIONS
-from memzoo.layers.ops.neural_memory import Weights, neural_memory_scan
+from memzoo.layers.ops.memory_arguments import Weights
+from memzoo.layers.ops.neural_memory import neural_memory_scan
+from memzoo.layers.ops.neural_memory_norm import normalise
+from memzoo.layers.ops.neural_memory_online import neural_memory_online_scan
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.registry import register_layer
 from memzoo.layers.short_conv import ShortConv, ShortConvState
 from memzoo.layers.state import MixerState
 from memzoo.layers.trace import Trace
 
-
-@dataclass(frozen=True)
-class NeuralMemoryState(MixerState):
-    """The memory after the tokens read so far; its size does not depend on their number.
-
-    Attributes:
-        weights: W, one (batch, heads, d_in, d_out) a memory layer.
-        momentum: S, past surprise, like ``weights``; () without momentum.
-        base: W at the start of the running chunk, where gradients are taken, like ``weights``.
-        conv: Tail of the short convolution; None without one.
-    """
-
-    weights: Weights
-    momentum: Weights
-    base: Weights
-    conv: ShortConvState | None
+__all__ = ["NeuralMemory", "NeuralMemoryState"]
 
 
 class NeuralMemory(SequenceMixer):
@@ -72,7 +67,18 @@ class NeuralMemory(SequenceMixer):
         decay_to_init: Forget towards the initial memory, not towards zero, which is a dead point of a deep memory.
             Not in the paper.
         max_gradient_norm: Limit of the norm of each token's gradient, over all layers of a head's memory. Not in the
-            paper.
+            paper. A token whose gradient overflows is then not written. Every group of ``gate_groups`` has its own.
+        residual_norm: The memory is ``M(x) = x + LayerNorm(MLP(x))``, as in TTT (arXiv 2407.04620); its gain and bias
+            are learned outside only.
+        gate_groups: Groups of each head's value channels with gates of their own; ``head_dim`` gives every channel
+            its own, the diag(alpha) of the paper's appendix C. Only of a linear memory (``memory_depth=1``), whose
+            columns do not share gradients; the scan then costs as much as that many heads.
+        lookahead_values: Store each value under the key of the token before (arXiv 2601.00671): the memory learns what
+            follows.
+        implicit_step: Solve each step's loss instead of following its gradient, theta / (1 + theta |k|^2), as in
+            Longhorn (arXiv 2407.14207). Only of a linear memory with ``chunk_size=1``.
+        checkpoint_chunks: Keep only the state before every so many chunks for the backward pass and compute the rest
+            again; None keeps everything. Equal gradients, less memory, more time.
         backend: Of the memory's scan: "auto" or "torch".
 
     Shape:
@@ -90,7 +96,7 @@ class NeuralMemory(SequenceMixer):
         1 / fan-in and zero for a matrix; convolution width 4 as in Gated DeltaNet; output norm and gate likewise.
         Not twice differentiable, and closed to ``torch.func``: the backward pass of the scan is written out.
         Signals: ``theta``, ``eta``, ``alpha``, ``surprise`` (norm of the error M(W_b; k) - v), each
-        (batch, time, heads).
+        (batch, time, heads * gate_groups).
     """
 
     state_class = NeuralMemoryState
@@ -116,6 +122,11 @@ class NeuralMemory(SequenceMixer):
         output_norm: bool = True,
         decay_to_init: bool = False,
         max_gradient_norm: float | None = None,
+        residual_norm: bool = False,
+        gate_groups: int = 1,
+        lookahead_values: bool = False,
+        implicit_step: bool = False,
+        checkpoint_chunks: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(dim)
@@ -149,6 +160,32 @@ class NeuralMemory(SequenceMixer):
         self.max_gradient_norm = max_gradient_norm
         self.backend = backend
 
+        self.gate_groups = gate_groups
+        self.lookahead_values = lookahead_values
+        self.implicit_step = implicit_step
+        self.checkpoint_chunks = checkpoint_chunks
+        if checkpoint_chunks is not None:
+            check_positive("checkpoint_chunks", checkpoint_chunks, "use None to keep everything")
+        check_positive("gate_groups", gate_groups, "1 is one gate a head")
+        check_divisible("head_dim", head_dim, "gate_groups", gate_groups)
+        if gate_groups > 1 and (memory_depth > 1 or residual_norm):
+            raise ValueError(
+                f"gate_groups={gate_groups} needs a memory whose columns learn apart; use memory_depth=1 and "
+                f"residual_norm=False"
+            )
+        # The same function as the chunk form, by one triangular solve for many tokens.
+        self.is_online = chunk_size == memory_depth == 1 and max_gradient_norm is None and not residual_norm
+        if self.is_online and checkpoint_chunks is not None:
+            raise ValueError(
+                f"checkpoint_chunks={checkpoint_chunks} is for the chunk form; a linear memory with chunk_size=1 is "
+                f"solved in blocks and keeps little as it is: use None"
+            )
+        if implicit_step and (chunk_size, memory_depth, residual_norm) != (1, 1, False):
+            raise ValueError(
+                "implicit_step=True has a closed form for a linear memory written token by token only; use "
+                "memory_depth=1, chunk_size=1 and residual_norm=False"
+            )
+
         hidden = round(memory_expansion * self.head_dim)
         if hidden < 1:
             raise ValueError(
@@ -157,10 +194,13 @@ class NeuralMemory(SequenceMixer):
         widths = [self.head_dim, *[hidden] * (memory_depth - 1), self.head_dim]
         self.query_key_value = nn.Linear(dim, 3 * inner, bias=False)
         self.conv = ShortConv(3 * inner, width=conv_width, activation="silu") if conv_width is not None else None
-        self.gates = nn.Linear(dim, (1 + momentum + forgetting) * num_heads)  # theta, eta, alpha: those in use
+        self.num_gates = num_heads * gate_groups
+        self.gates = nn.Linear(dim, (1 + momentum + forgetting) * self.num_gates)  # theta, eta, alpha: those in use
         self.initial_weights = nn.ParameterList(
             torch.empty(num_heads, d_in, d_out) for d_in, d_out in itertools.pairwise(widths)
         )
+        self.norm_gain = nn.Parameter(torch.empty(num_heads, head_dim)) if residual_norm else None
+        self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim)) if residual_norm else None
         self.output_norm = RMSNorm(inner) if output_norm else None
         self.output_gate = nn.Linear(dim, inner, bias=False) if output_gate else None
         self.out = nn.Linear(inner, dim, bias=False)
@@ -175,7 +215,10 @@ class NeuralMemory(SequenceMixer):
             nn.init.normal_(weight, std=std)
         nn.init.zeros_(self.gates.bias)
         if self.forgetting:  # sigmoid(0) = 0.5 would forget everything within a few tokens
-            self.gates.bias[-self.num_heads :] = -4.0
+            self.gates.bias[-self.num_gates :] = -4.0
+        if self.norm_gain is not None and self.norm_bias is not None:
+            nn.init.ones_(self.norm_gain)
+            nn.init.zeros_(self.norm_bias)
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -191,7 +234,16 @@ class NeuralMemory(SequenceMixer):
             return tuple(torch.zeros(batch_size, *w.shape, dtype=kept, device=device) for w in self.initial_weights)
 
         conv = None if self.conv is None else self.conv.initial_state(batch_size, device=device, dtype=dtype)
-        return NeuralMemoryState(counts, counts.clone(), zeros(), zeros() if self.momentum else (), zeros(), conv)
+        key = torch.zeros(batch_size, self.num_heads, self.head_dim, dtype=dtype, device=device)
+        return NeuralMemoryState(
+            counts,
+            counts.clone(),
+            zeros(),
+            zeros() if self.momentum else (),
+            zeros(),
+            conv,
+            (key,) if self.lookahead_values else (),
+        )
 
     def mix(
         self,
@@ -201,41 +253,89 @@ class NeuralMemory(SequenceMixer):
         lengths: Tensor | None,
         trace: Trace | None,
         donate: bool,
+        position: int | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """Write and read the memory over rows that begin at the left; see ``SequenceMixer.mix``."""
+        """Write and read the memory over rows that begin at the left; see ``SequenceMixer.mix``.
+
+        A caller that knows where all rows stand says so with ``position``, the tokens that each has read, if it is to
+        read any now. At the border of a chunk that saves the layout for rows that stand anywhere.
+        """
         own = cast(NeuralMemoryState | None, state)
         if own is not None:
-            self._check_state(own)
-        before, after, document = counters(state, x, lengths)
+            own.check(
+                [tuple(w.shape) for w in self.initial_weights],
+                momentum=self.momentum,
+                convolution=self.conv is not None,
+                lookahead=self.lookahead_values,
+            )
+        _, after, document = counters(state, x, lengths)
         q, k, v, conv = self._project(x, None if own is None else own.conv, lengths)
-        theta, eta, alpha = self._gate_values(x)
-        initial = self._initial(x.shape[0])
-        y, weights, momentum, base = neural_memory_scan(
-            q,
-            k,
-            v,
-            theta,
-            eta,
-            alpha,
-            self.current_weights(own, x.shape[0]),
-            None if own is None else own.momentum,
-            chunk_size=self.chunk_size,
-            activation=self.activation,
+        last_key: tuple[Tensor, ...] = ()
+        if self.lookahead_values:
+            k, last = delay(k, None if own is None else own.last_key[0], lengths)
+            last_key = (last,)
+        gates = self._gate_values(x, k)
+        y, weights, momentum, base = self._scan(q, k, v, gates, own, lengths, trace, position)
+        if trace is not None:
+            for name, gate in zip(("theta", "eta", "alpha"), gates, strict=True):
+                if gate is not None:
+                    trace.signal(name, gate)
+        return self.output(y, x), NeuralMemoryState(after, document, weights, momentum, base, conv, last_key)
+
+    def _scan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Gates,
+        state: NeuralMemoryState | None,
+        lengths: Tensor | None,
+        trace: Trace | None,
+        position: int | None,
+    ) -> tuple[Tensor, Weights, Weights, Weights]:
+        """Write and read; return the reads, weights, momentum and gradient base."""
+        groups = self.gate_groups
+        weights, momentum = self.current_weights(state, len(q)), None if state is None else state.momentum
+        anchor = self._initial(len(q)) if self.decay_to_init else None
+        if groups > 1:  # every group is a head of its own that shares its keys
+            q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
+            v = v.unflatten(-1, (groups, -1)).flatten(2, 3)
+            weights = part_columns(weights, groups)
+            momentum, anchor = (part and part_columns(part, groups) for part in (momentum, anchor))
+        options: dict[str, Any] = dict(
             loss_scale=self.loss_scale,
             read=self.read,
-            position=0 if own is None else before,
-            base=None if own is None else own.base,
-            anchor=initial if self.decay_to_init else None,
-            max_gradient_norm=self.max_gradient_norm,
+            anchor=anchor,
             lengths=lengths,
             backend=self.backend,
             trace=trace,
         )
-        if trace is not None:
-            for name, gate in (("theta", theta), ("eta", eta), ("alpha", alpha)):
-                if gate is not None:
-                    trace.signal(name, gate)
-        return self.output(y, x), NeuralMemoryState(after, document, weights, momentum, base, conv)
+        if self.is_online:
+            y, weights, momentum = neural_memory_online_scan(q, k, v, *gates, weights, momentum, **options)
+            base = weights
+        else:
+            norm = None if self.norm_gain is None or self.norm_bias is None else (self.norm_gain, self.norm_bias)
+            known = position or 0  # of fresh rows, or as the caller says
+            y, weights, momentum, base = neural_memory_scan(
+                q,
+                k,
+                v,
+                *gates,
+                weights,
+                momentum,
+                chunk_size=self.chunk_size,
+                activation=self.activation,
+                position=known if state is None or position is not None else state.position,
+                base=None if state is None else part_columns(state.base, groups),
+                max_gradient_norm=self.max_gradient_norm,
+                norm=norm,
+                checkpoint_chunks=self.checkpoint_chunks,
+                **options,
+            )
+        if groups > 1:
+            y = y.unflatten(2, (-1, groups)).flatten(3)
+            weights, momentum, base = (join_columns(part, groups) for part in (weights, momentum, base))
+        return y, weights, momentum, base
 
     def current_weights(self, state: NeuralMemoryState | None, batch_size: int) -> Weights:
         """Return the memory that a token read now would see, one (batch, heads, d_in, d_out) a memory layer.
@@ -269,7 +369,7 @@ class NeuralMemory(SequenceMixer):
             projected, tail = F.silu(projected), None
         else:
             projected, tail = self.conv(projected, tail, lengths=lengths, channels=slice(inner))
-        return _unit(projected.unflatten(-1, (self.num_heads, self.head_dim))), tail
+        return unit(projected.unflatten(-1, (self.num_heads, self.head_dim))), tail
 
     def recall(self, q: Tensor, weights: Weights) -> Tensor:
         """Ask the memory, write nothing: M(weights; q), (batch, time, heads, head_dim) for queries of that shape.
@@ -279,8 +379,12 @@ class NeuralMemory(SequenceMixer):
         value = ACTIVATIONS[self.activation].value
         with no_autocast(q.device):
             y = q.transpose(1, 2).to(torch.promote_types(q.dtype, weights[0].dtype))
+            asked = y
             for i, w in enumerate(weights):
                 y = (value(y) if i else y) @ w
+            if self.norm_gain is not None and self.norm_bias is not None:
+                normal, _ = normalise(y)
+                y = asked + normal * self.norm_gain[:, None] + self.norm_bias[:, None]
         return y.transpose(1, 2)
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
@@ -306,33 +410,20 @@ class NeuralMemory(SequenceMixer):
         else:
             projected, tail = self.conv(projected, tail, lengths=lengths)
         q, k, v = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        return _unit(q), _unit(k), v, tail
+        return unit(q), unit(k), v, tail
 
-    def _gate_values(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return theta, eta, alpha, each (batch, time, heads), in at least float32."""
+    def _gate_values(self, x: Tensor, k: Tensor) -> Gates:
+        """Return theta, eta, alpha, each (batch, time, heads * gate_groups), in at least float32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x.device):
             gates = F.linear(x.to(dtype), self.gates.weight.to(dtype), self.gates.bias.to(dtype))
-        values = list(gates.sigmoid().split(self.num_heads, dim=-1))
+        values = list(gates.sigmoid().split(self.num_gates, dim=-1))
         theta = values.pop(0) * self.max_learning_rate
+        if self.implicit_step:
+            squared = k.to(dtype).square().sum(-1).repeat_interleave(self.gate_groups, dim=-1)
+            theta = theta / (1 + self.loss_scale * theta * squared)
         eta = values.pop(0) if self.momentum else None
         return theta, eta, values.pop(0) if self.forgetting else torch.zeros_like(theta)
-
-    def _check_state(self, state: NeuralMemoryState) -> None:
-        shapes = [w.shape[1:] for w in state.weights]
-        own = [w.shape for w in self.initial_weights]
-        options = (len(state.momentum) > 0, state.conv is not None) == (self.momentum, self.conv is not None)
-        if shapes != own or not options:
-            raise ValueError(
-                f"state holds memories of {[tuple(s) for s in shapes]}, momentum={len(state.momentum) > 0}, "
-                f"convolution={state.conv is not None}; this layer's are {[tuple(s) for s in own]}, {self.momentum}, "
-                f"{self.conv is not None}: pass what its previous call returned, or None to start afresh"
-            )
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Scale to unit length. Below 1e-4, a norm that float16 still holds, shrink: zeros have a tame gradient."""
-    return F.normalize(x, dim=-1, eps=1e-4)
 
 
 @register_layer("neural_memory", "mixer")

@@ -17,14 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from memzoo.layers.errors import check_choice, check_positive
 from memzoo.layers.ops.activations import ACTIVATIONS
 from memzoo.layers.ops.chunk_grid import ChunkGrid
+from memzoo.layers.ops.memory_arguments import (
+    Weights,
+    blank_behind,
+    check_memory_arguments,
+    to_rows,
+    working_dtype,
+)
 from memzoo.layers.ops.neural_memory_chunk import ChunkSettings, base_weights
 from memzoo.layers.ops.neural_memory_chunk_scan import ChunkScan, where
 from memzoo.layers.ops.neural_memory_norm import normalise
 from memzoo.layers.ops.neural_memory_tables import chunk_coefficients
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.trace import Trace
-
-Weights = tuple[Tensor, ...]
 
 
 def neural_memory(
@@ -134,7 +139,7 @@ def neural_memory_scan(
     chunk that the next token belongs to. ``trace`` is told the ``surprise`` of every token and head, the norm of
     ``M(W_b; k) - v``, (batch, time, heads).
     """
-    _check(
+    check_memory_arguments(
         q,
         k,
         v,
@@ -145,33 +150,26 @@ def neural_memory_scan(
         {"momentum": momentum, "base": base, "anchor": anchor},
         lengths,
         position,
-        norm,
+        loss_scale=loss_scale,
+        norm=norm,
     )
     check_positive("chunk_size", chunk_size)
     check_choice("read", read, ("post", "pre"))
     check_choice("backend", backend, ("auto", "torch"))
     check_choice("activation", activation, ACTIVATIONS)
-    if not loss_scale > 0:
-        raise ValueError(f"loss_scale={loss_scale} is not positive; use 1 for half the squared error, 2 for all of it")
     if max_gradient_norm is not None and not max_gradient_norm > 0:
         raise ValueError(f"max_gradient_norm={max_gradient_norm} is not positive; use None for no limit")
 
     if checkpoint_chunks is not None:
         check_positive("checkpoint_chunks", checkpoint_chunks, "use None to keep everything")
     batch, time, heads, _ = q.shape
-    dtype = torch.float32
-    for given in (q, theta, alpha, weights[0]):
-        dtype = torch.promote_types(dtype, given.dtype)
-    if lengths is not None:  # what lies behind a row may be NaN, and 0 * NaN would spread it
-        behind = torch.arange(time, device=q.device) >= lengths[:, None]
-        q, k, v = (x.masked_fill(behind[:, :, None, None], 0) for x in (q, k, v))
-        theta, alpha = (gate.masked_fill(behind[:, :, None], 0) for gate in (theta, alpha))
-        eta = None if eta is None else eta.masked_fill(behind[:, :, None], 0)
+    dtype = working_dtype(q, theta, alpha, weights[0])
+    q, k, v, theta = blank_behind(lengths, q, k, v, theta)  # the tables take no other gate from there
     grid = ChunkGrid.lay_out(batch, time, heads, chunk_size, position, lengths, q.device)
     with no_autocast(q.device):
         q, k, v, theta, alpha = (grid.cut(t.to(dtype)) for t in (q, k, v, theta, alpha))
         eta = None if eta is None else grid.cut(eta.to(dtype))
-        start, past, given_base, anchor = (_to_rows(part, dtype) for part in (weights, momentum, base, anchor))
+        start, past, given_base, anchor = (to_rows(part, dtype) for part in (weights, momentum, base, anchor))
         if eta is None:
             past = ()
         elif not past:
@@ -276,66 +274,3 @@ def _scan_group(
     gain, bias = states[-2:]
     normal, _ = normalise(scanned[0])
     return (torch.addcmul(q + bias, normal, gain), *scanned[1:])
-
-
-def _to_rows(part: Weights | None, dtype: torch.dtype) -> Weights:
-    return tuple(t.to(dtype).flatten(0, 1) for t in part or ())
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    theta: Tensor,
-    eta: Tensor | None,
-    alpha: Tensor,
-    weights: Weights,
-    others: dict[str, Weights | None],
-    lengths: Tensor | None,
-    position: int | Tensor,
-    norm: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    if q.dim() != 4 or q.shape[1] < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (batch, time, heads, key width), time >= 1")
-    batch, time, heads, width = q.shape
-    if k.shape != q.shape:
-        raise ValueError(f"k has shape {tuple(k.shape)}; it must match q, {tuple(q.shape)}")
-    for name, gate in (("theta", theta), ("eta", eta), ("alpha", alpha)):
-        if gate is not None and gate.shape != q.shape[:3]:
-            raise ValueError(
-                f"{name} has shape {tuple(gate.shape)}; it must be (batch, time, heads) = {(batch, time, heads)}"
-            )
-    if not isinstance(weights, tuple | list) or not weights:
-        given = "()" if not isinstance(weights, Tensor) else "Tensor"
-        raise ValueError(
-            f"weights={given} is no memory; pass a tuple with one (batch, heads, d_in, d_out) matrix a layer"
-        )
-    for i, w in enumerate(weights):
-        if w.dim() != 4 or w.shape[:3] != (batch, heads, width):
-            raise ValueError(
-                f"weights[{i}] has shape {tuple(w.shape)}; it must be (batch, heads, d_in, d_out) = "
-                f"({batch}, {heads}, {width}, d_out) to follow what comes before it"
-            )
-        width = w.shape[3]
-    if v.shape != (batch, time, heads, width):
-        raise ValueError(f"v has shape {tuple(v.shape)}; it must be {(batch, time, heads, width)}: the memory's output")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one floating-point dtype")
-    for name, part in others.items():
-        if part and [t.shape for t in part] != [w.shape for w in weights]:
-            shapes = [tuple(t.shape) for t in part]
-            raise ValueError(
-                f"{name} has shapes {shapes}; they must be those of weights, {[tuple(w.shape) for w in weights]}"
-            )
-    if norm is not None:
-        if v.shape != q.shape:
-            raise ValueError(f"norm adds M(x) to x, but v has width {v.shape[-1]} and q {q.shape[-1]}; make them equal")
-        if [t.shape for t in norm] != [(heads, width)] * 2:
-            shapes = [tuple(t.shape) for t in norm]
-            raise ValueError(f"norm has shapes {shapes}; gain and bias must be (heads, width) = {(heads, width)} each")
-    for name, numbers in (("lengths", lengths), ("position", position)):
-        if isinstance(numbers, Tensor) and (numbers.shape != (batch,) or numbers.is_floating_point()):
-            raise ValueError(
-                f"{name} has shape {tuple(numbers.shape)} and dtype {numbers.dtype}; "
-                f"it must be (batch,) = ({batch},) integers"
-            )

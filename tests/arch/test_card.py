@@ -6,6 +6,7 @@ from importlib.resources import files
 import pytest
 
 from memzoo.arch import Claim, Fidelity, ModelCard, list_models, model_card, model_entry
+from memzoo.layers import NeuralMemory
 
 CARD = ModelCard(
     name="Toy",
@@ -21,7 +22,7 @@ CARD = ModelCard(
     skips={"compiles": "it is a toy"},
 )
 SIZES = {"vocab_size", "dim", "depth"}
-MACHINERY = {"checkpoint_blocks", "backend"}  # change how a model is computed, not what it is
+MACHINERY = {"checkpoint_chunks", "checkpoint_blocks", "backend"}  # change how a model is computed, not what it is
 
 
 def test_rows_are_the_one_line_facts_in_reading_order() -> None:
@@ -60,6 +61,9 @@ def test_a_registered_card_renders_as_one_table(name: str) -> None:
 def test_the_card_says_what_was_chosen_for_every_argument(name: str) -> None:
     entry = model_entry(name)
     arguments = set(inspect.signature(entry.architecture).parameters) - SIZES - MACHINERY
+    if "memory" in arguments:  # a mapping of the memory's options
+        options = set(inspect.signature(NeuralMemory).parameters) - SIZES - MACHINERY - {"num_heads", "head_dim"}
+        arguments = arguments - {"memory"} | {f"memory.{option}" for option in options}
     options = {"num_heads", "head_dim"} if entry.card.fidelity is Fidelity.EXACT else set()
     assert arguments - options <= set(entry.card.choices)
 

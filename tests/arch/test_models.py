@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from memzoo.arch import TitansLMM, Transformer, create_model, list_models, part_sizes, titans, transformer
+from memzoo.arch import TitansLMM, Transformer, create_model, list_models, part_sizes, titans_lmm, transformer
 from memzoo.layers.attention import SlidingWindowAttention
 from memzoo.layers.neural_memory import NeuralMemory
 
@@ -32,6 +32,22 @@ PARAMETERS = {
     "titans_lmm_170m": 119_419_056,
     "titans_lmm_340m": 369_338_496,
     "titans_lmm_760m": 797_899_968,
+    "titans_linear_online_tiny": 1_092_248,
+    "titans_linear_online_170m": 117_649_584,
+    "titans_linear_online_340m": 364_619_904,
+    "titans_linear_online_760m": 790_822_080,
+    "titans_mac_tiny": 1_075_474,
+    "titans_mac_170m": 154_974_384,
+    "titans_mac_340m": 495_609_984,
+    "titans_mac_760m": 1_081_679_040,
+    "titans_mag_tiny": 1_075_474,
+    "titans_mag_170m": 154_974_384,
+    "titans_mag_340m": 495_609_984,
+    "titans_mag_760m": 1_081_679_040,
+    "titans_mal_tiny": 1_072_018,
+    "titans_mal_170m": 147_887_280,
+    "titans_mal_340m": 470_419_584,
+    "titans_mal_760m": 1_025_019_072,
 }
 
 
@@ -40,14 +56,47 @@ def transformer_parameters(vocab_size: int, dim: int, depth: int, hidden: int) -
     return vocab_size * dim + depth * (attention + 3 * dim * hidden + 2 * dim) + dim
 
 
-def titans_parameters(vocab_size: int, dim: int, depth: int, hidden: int) -> int:
+def memory_parameters(dim: int, memory_depth: int = 2) -> int:
     heads = dim // 64
     projections = 5 * dim**2  # queries, keys, values, output gate, output
     convolution = 3 * dim * 4
     gates = 3 * heads * (dim + 1)
-    initial_weights = heads * (64 * 128 + 128 * 64)
-    memory = projections + convolution + gates + initial_weights + dim  # and the output's norm
-    return vocab_size * dim + depth * (memory + 3 * dim * hidden + 2 * dim) + dim
+    initial_weights = heads * 64 * (64 if memory_depth == 1 else 2 * 128)
+    return projections + convolution + gates + initial_weights + dim  # and the output's norm
+
+
+def titans_parameters(mixer: int, vocab_size: int, dim: int, depth: int, hidden: int) -> int:
+    return vocab_size * dim + depth * (mixer + 3 * dim * hidden + 2 * dim) + dim
+
+
+def lmm_parameters(vocab_size: int, dim: int, depth: int, hidden: int) -> int:
+    return titans_parameters(memory_parameters(dim), vocab_size, dim, depth, hidden)
+
+
+def online_parameters(vocab_size: int, dim: int, depth: int, hidden: int) -> int:
+    return titans_parameters(memory_parameters(dim, 1), vocab_size, dim, depth, hidden)
+
+
+def gated_parameters(vocab_size: int, dim: int, depth: int, hidden: int) -> int:
+    persistent_tokens = (4 if dim == 128 else 16) * dim
+    mixer = memory_parameters(dim) + 4 * dim**2 + persistent_tokens + 2 * dim + dim**2  # the gate's norms, the output
+    return titans_parameters(mixer, vocab_size, dim, depth, hidden)
+
+
+def mal_parameters(vocab_size: int, dim: int, depth: int, hidden: int) -> int:
+    persistent_tokens = (4 if dim == 128 else 16) * dim
+    mixer = memory_parameters(dim) + 4 * dim**2 + persistent_tokens + dim  # a norm more than in one half
+    return titans_parameters(mixer, vocab_size, dim, depth, hidden)
+
+
+FAMILIES = {  # formula; depth and hidden width of the tiny one
+    "transformer": (transformer_parameters, 4, 512),
+    "titans_lmm": (lmm_parameters, 4, 384),
+    "titans_linear_online": (online_parameters, 4, 448),
+    "titans_mac": (gated_parameters, 3, 384),
+    "titans_mag": (gated_parameters, 3, 384),
+    "titans_mal": (mal_parameters, 3, 424),
+}
 
 
 def meta(name: str, **overrides: Any) -> Any:
@@ -56,13 +105,13 @@ def meta(name: str, **overrides: Any) -> Any:
 
 
 @pytest.mark.parametrize("size", ["tiny", *SIZES])
-def test_sizes_are_the_announced_ones(size: str) -> None:
-    for family, formula in (("transformer", transformer_parameters), ("titans_lmm", titans_parameters)):
-        name = f"{family}_{size}"
-        shape = SIZES.get(size, (256, 128, 4, 512 if family == "transformer" else 384))
-        model = meta(name)
-        assert all(parameter.is_meta for parameter in model.parameters())
-        assert model.num_parameters() == formula(*shape) == PARAMETERS[name], name
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_are_the_announced_ones(family: str, size: str) -> None:
+    formula, depth, hidden = FAMILIES[family]
+    name = f"{family}_{size}"
+    model = meta(name)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.num_parameters() == formula(*SIZES.get(size, (256, 128, depth, hidden))) == PARAMETERS[name]
 
 
 def test_the_tiny_models_are_of_equal_size() -> None:
@@ -78,7 +127,7 @@ def test_the_parts_of_a_model_add_up(name: str) -> None:
     assert sum(size.state_bytes for size in sizes) == model.initial_state(1).nbytes
     assert [(size.part, size.count) for size in sizes if size.part in ("Embedding", "SwiGLU", "RMSNorm")] == [
         ("Embedding", 1),
-        ("RMSNorm", 2 * len(model.blocks) + 1),
+        ("RMSNorm", sum(1 if block.mixer.reads_residual else 2 for block in model.blocks) + 1),
         ("SwiGLU", len(model.blocks)),
     ]
 
@@ -118,13 +167,14 @@ def test_every_option_of_the_memory_is_an_option_of_the_model_with_its_default()
     [
         (
             "titans_lmm_tiny",
-            titans,
+            titans_lmm,
             "NeuralMemory",
             {
                 "num_heads": 8, "head_dim": 16, "memory_depth": 3, "memory_expansion": 4.0, "chunk_size": 16,
                 "activation": "gelu", "momentum": False, "forgetting": False, "conv_width": None,
                 "max_learning_rate": 0.5, "loss_scale": 2.0, "read": "pre", "output_gate": False,
-                "output_norm": False, "decay_to_init": True, "max_gradient_norm": 1.0, "backend": "torch",
+                "output_norm": False, "decay_to_init": True, "max_gradient_norm": 1.0, "residual_norm": True, "gate_groups": 2,
+                "lookahead_values": True, "implicit_step": True, "checkpoint_chunks": 3, "backend": "torch",
             },
         ),
         (
@@ -164,8 +214,10 @@ def test_a_window_makes_the_baseline_s_state_constant() -> None:
 def test_both_halves_of_every_block_start_small(name: str) -> None:
     torch.manual_seed(0)
     for block in create_model(name, depth=8).blocks:
-        for projection in (block.mixer.out, block.ffn.down):
-            assert projection.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+        outputs = block.mixer.residual_outputs() if hasattr(block.mixer, "residual_outputs") else [block.mixer.out]
+        branches = 8 * (len(outputs) + 1)
+        for projection in (*outputs, block.ffn.down):
+            assert projection.weight.std().item() == pytest.approx(0.02 * branches**-0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("name", TINY)

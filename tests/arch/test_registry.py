@@ -21,7 +21,8 @@ from memzoo.arch import (
 )
 
 CARD = ModelCard("Toy", "A toy", "none", "none", "never", "never", Fidelity.EXACT)
-MODELS = [f"{family}_{size}" for family in ("titans_lmm", "transformer") for size in ("170m", "340m", "760m", "tiny")]
+FAMILIES = ("titans_linear_online", "titans_lmm", "titans_mac", "titans_mag", "titans_mal", "transformer")
+MODELS = [f"{family}_{size}" for family in FAMILIES for size in ("170m", "340m", "760m", "tiny")]
 
 
 class Toy(nn.Module):

@@ -11,6 +11,7 @@ from tests.contract.checks.core import DIM
 from tests.contract.example import ExponentialAverage
 
 EXAMPLE = Part("exponential_average", "mixer", lambda: ExponentialAverage(DIM))
+MATRIX = {"memory_depth": 1, "momentum": False, "conv_width": None, "chunk_size": 3}
 # Options that change what a state holds or how a call is computed; each set is tested like a layer of its own.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "attention": {
@@ -25,6 +26,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "matrix": {"memory_depth": 1, "momentum": False, "conv_width": None, "chunk_size": 1},
         "deep": {"memory_depth": 3, "decay_to_init": True, "max_gradient_norm": 0.5, "activation": "gelu"},
         "bare": {"read": "pre", "forgetting": False, "output_gate": False, "output_norm": False, "chunk_size": 6},
+    },
+    "memory_as_gate": {
+        "bare": {"num_persistent_tokens": 0, "gate": "convex", "rotary_base": None, "memory": MATRIX},
+    },
+    "memory_as_layer": {
+        "bare": {"num_persistent_tokens": 0, "qk_norm": True, "memory": MATRIX},
     },
 }
 PARTS = [EXAMPLE]

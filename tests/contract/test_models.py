@@ -7,13 +7,15 @@ import pytest
 from memzoo.arch.registry import create_model, list_models, model_card
 from tests.contract.checks import CHECKS, Part, cases
 
-SMALL = {"depth": 2, "chunk_size": 4, "window": 5}  # chunk borders and windows within a few tokens
+# Borders of chunks, segments and windows within a few tokens.
+SMALL = {"depth": 2, "chunk_size": 4, "window": 5, "segment_size": 6, "memory": {"chunk_size": 4}}
 # Options that change what a state holds or how a call is computed; each set is tested like a model of its own.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "transformer_tiny": {
         "window": {"window": 5, "tie_embeddings": False, "qk_norm": True, "num_kv_heads": 2},
         "checkpointed": {"checkpoint_blocks": True},
     },
+    "titans_lmm_tiny": {"recomputed": {"checkpoint_chunks": 2}},
 }
 
 

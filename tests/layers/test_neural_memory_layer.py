@@ -28,6 +28,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"num_heads": 3, "head_dim": 5},
     {"output_gate": False, "decay_to_init": True},
     {"output_norm": False, "max_gradient_norm": 0.1, "activation": "relu"},
+    {"residual_norm": True, "momentum": False, "forgetting": False},
+    {"residual_norm": True, "memory_depth": 1, "decay_to_init": True, "max_gradient_norm": 0.2},
+    {"memory_depth": 1, "gate_groups": 4, "decay_to_init": True},
+    {"memory_depth": 1, "chunk_size": 1},
+    {"memory_depth": 1, "chunk_size": 1, "gate_groups": 2, "implicit_step": True, "loss_scale": 2.0},
+    {"lookahead_values": True, "checkpoint_chunks": 2},
 ]
 
 
@@ -57,15 +63,44 @@ def by_the_equations(layer: NeuralMemory, x: Tensor) -> tuple[Tensor, ...]:
             z = F.conv1d(F.pad(z.mT, (taps.shape[1] - 1, 0)), taps[:, None], groups=len(taps)).mT
         qkv.append(F.silu(z).unflatten(-1, (layer.num_heads, -1)))
     q, k, v = qkv
-    gates = dict(zip(gate_names(layer), layer.gates(x).sigmoid().split(layer.num_heads, -1), strict=True))
+    q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+    if layer.lookahead_values:
+        k = torch.cat([torch.zeros_like(k[:, :1]), k[:, :-1]], 1)
+    gates = dict(zip(gate_names(layer), layer.gates(x).sigmoid().split(layer.num_gates, -1), strict=True))
+    theta = layer.max_learning_rate * gates["theta"]
+    if layer.implicit_step:
+        theta = theta / (1 + layer.loss_scale * theta)  # the keys have unit length
     initial = tuple(w.expand(len(x), *w.shape) for w in layer.initial_weights)
-    y, *state = reference.neural_memory_scan(
-        q / q.norm(dim=-1, keepdim=True),
-        k / k.norm(dim=-1, keepdim=True),
+    norm = None if layer.norm_gain is None else (layer.norm_gain, layer.norm_bias)
+    groups = []  # of value channels, with gates of their own
+    for g in range(layer.gate_groups):
+        columns = slice(g * v.shape[-1] // layer.gate_groups, (g + 1) * v.shape[-1] // layer.gate_groups)
+        weights = (*initial[:-1], initial[-1][..., columns])
+        groups.append(loop(layer, q, k, v[..., columns], theta, gates, weights, norm, g))
+    y, *state = tree_map(lambda *parts: torch.cat(parts, -1), *groups) if len(groups) > 1 else groups[0]
+    y = y.flatten(2)
+    if layer.output_norm is not None:
+        y = y / (y.square().mean(-1, keepdim=True) + layer.output_norm.eps).sqrt() * layer.output_norm.weight
+    if layer.output_gate is not None:
+        y = y * F.silu(layer.output_gate(x))
+    return layer.out(y), *state
+
+
+def loop(
+    layer: NeuralMemory, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, gates: Any, initial: Any, norm: Any, group: int
+) -> tuple[Any, ...]:
+    """The memory of one group of value channels, token by token."""
+    theta, eta, alpha = (
+        None if gate is None else gate[..., group :: layer.gate_groups]
+        for gate in (theta, gates.get("eta"), gates.get("alpha", 0 * theta))
+    )
+    return reference.neural_memory_scan(
+        q,
+        k,
         v,
-        layer.max_learning_rate * gates["theta"],
-        gates.get("eta"),
-        gates.get("alpha", 0 * gates["theta"]),
+        theta,
+        eta,
+        alpha,
         initial,
         chunk_size=layer.chunk_size,
         activation=layer.activation,
@@ -73,13 +108,8 @@ def by_the_equations(layer: NeuralMemory, x: Tensor) -> tuple[Tensor, ...]:
         read=layer.read,
         anchor=initial if layer.decay_to_init else None,
         max_gradient_norm=layer.max_gradient_norm,
+        norm=norm,
     )
-    y = y.flatten(2)
-    if layer.output_norm is not None:
-        y = y / (y.square().mean(-1, keepdim=True) + layer.output_norm.eps).sqrt() * layer.output_norm.weight
-    if layer.output_gate is not None:
-        y = y * F.silu(layer.output_gate(x))
-    return layer.out(y), *state
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -110,6 +140,16 @@ def test_04_no_output_depends_on_a_later_token(options):
 
 
 # 5. Streaming.
+
+
+@pytest.mark.parametrize("position", [3, 6, 8])
+def test_05_a_position_known_to_the_caller_changes_nothing(position):
+    layer, x = build(), tokens(time=14)
+    _, state = layer(x[:, :position])
+    for lengths in (None, torch.tensor([14 - position, 0])):
+        kept = dict(lengths=lengths, trace=None, donate=False)
+        actual = layer.mix(x[:, position:], state, **kept, position=position)
+        assert_close(tree_leaves(actual), tree_leaves(layer.mix(x[:, position:], state, **kept)))
 
 
 @settings(random_cases, max_examples=12)
@@ -255,11 +295,12 @@ def test_20_runs_repeat_bit_for_bit():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_20_autocast_stays_near_float64_and_keeps_the_memory_in_float32(options):
     layer, x = build(**options), tokens(time=24)
+    tolerance = 4e-2 if layer.norm_gain is not None else 2e-2  # a norm of four values amplifies rounding
     exact, exact_state = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         y, state = layer.float()(x.float())
     for a, b in zip((y, *state.weights), (exact, *exact_state.weights), strict=True):
-        assert (a.double() - b).norm() < 2e-2 * b.norm()
+        assert (a.double() - b).norm() < tolerance * b.norm()
     assert all(w.dtype == torch.float32 for w in (*state.weights, *state.momentum, *state.base))
 
 

@@ -14,9 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from memzoo.layers.registry import LayerEntry
-from memzoo.layers.state import State
+from memzoo.layers.state import MixerState, State
 
 DIM = 16
 BATCH = 3
@@ -150,6 +151,12 @@ def stream(
         pieces.append(y)
     assert state is not None
     return torch.cat(pieces, 1), state
+
+
+def mixer_states(state: State) -> list[MixerState]:
+    """The state of every mixer. The states of a mixer's parts, inside it, may count other tokens and no documents."""
+    leaves = pytree.tree_leaves(state, is_leaf=lambda value: isinstance(value, MixerState))
+    return [leaf for leaf in leaves if isinstance(leaf, MixerState)]
 
 
 def random_mask(batch: int = BATCH, time: int = TIME, seed: int = 3) -> Tensor:

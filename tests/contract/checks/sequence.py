@@ -14,6 +14,7 @@ from tests.contract.checks.core import (
     close_state,
     for_all,
     gradients,
+    mixer_states,
     probe,
     random_mask,
     same,
@@ -47,8 +48,8 @@ def any_batch_and_time_will_do(part: Part) -> None:
         assert y.isfinite().all()
         for name, tensor in state.named_tensors().items():
             assert tensor.shape[0] == batch, f"axis 0 of state.{name} is {tensor.shape[0]}, not the batch {batch}"
-            if name.endswith("position"):
-                assert (tensor == time).all(), f"state.{name} is {tensor.tolist()} after {time} tokens"
+        for own in mixer_states(state):
+            assert (own.position == time).all(), f"position is {own.position.tolist()} after {time} tokens"
 
 
 @check(*SEQUENCE)
@@ -192,9 +193,8 @@ def packed_documents_equal_separate_ones(part: Part) -> None:
             close(y[real], expected[real], f"packed outputs, mask={mask is not None}, state={start is not None}")
             for row, state_alone in enumerate(last):
                 close_state(state.reorder(torch.tensor([row])), state_alone, f"row {row}", ignore="document")
-            for name, tensor in state.named_tensors().items():
-                if name.endswith("document"):
-                    same(tensor, DOCUMENTS[:, -1], f"state.{name}")
+            for own in mixer_states(state):
+                same(own.document, DOCUMENTS[:, -1], "state.document")
 
 
 @check(*SEQUENCE)

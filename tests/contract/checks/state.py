@@ -16,6 +16,7 @@ from tests.contract.checks.core import (
     check,
     close,
     close_state,
+    mixer_states,
     random_mask,
     same,
     same_state,
@@ -144,8 +145,8 @@ def its_rows_can_be_reset(part: Part) -> None:
         close(y[~rows], kept[~rows], "outputs of rows that were not reset")
     y, end = module(x, state.reset())
     close(y, fresh, "outputs after a reset of all rows")
-    for name, tensor in end.named_tensors().items():
-        assert not name.endswith("position") or (tensor == x.shape[1]).all(), f"{name} after a reset"
+    for own in mixer_states(end):
+        assert (own.position == x.shape[1]).all(), f"position is {own.position.tolist()} after a reset"
 
 
 @check(*SEQUENCE)

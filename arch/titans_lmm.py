@@ -1,11 +1,13 @@
 """Titans: neural long-term memory as the only sequence mixer (LMM), arXiv 2501.00663."""
 
+from dataclasses import replace
 from typing import Any
 
 from memzoo.arch.block import Block
 from memzoo.arch.card import Claim, Fidelity, ModelCard
 from memzoo.arch.causal_lm import CausalLM
 from memzoo.arch.registry import record_config, register_model
+from memzoo.arch.titans_common import MEMORY_CHOICES, SIZES, STABLE_MEMORY
 from memzoo.layers.errors import check_positive
 from memzoo.layers.feedforward import SwiGLU
 from memzoo.layers.neural_memory import NeuralMemory
@@ -23,21 +25,7 @@ LMM_CARD = ModelCard(
         "sizes": "depth and width of Gated DeltaNet's 170M, 340M and 760M models; the paper gives none",
         "num_heads": "None: heads of head_dim; 1 is the paper's single memory of full width",
         "head_dim": "64",
-        "memory_depth": "2 layers; the paper tries 1 to 4",
-        "memory_expansion": "hidden width of 2 head_dim; plain MLP, no bias, no norm, no residual",
-        "activation": "SiLU between the memory's layers",
-        "chunk_size": "64 tokens share the weights their gradients are taken at; part of the model",
-        "conv_width": "causal depthwise convolution of width 4 after the q, k and v projections; None for none",
-        "momentum": "eta = sigmoid of a token's linear gate, a scalar per head, bias 0; False is the paper's ablation",
-        "forgetting": "alpha = sigmoid of a token's linear gate, a scalar per head, bias -4; False is the ablation",
-        "max_learning_rate": "theta = max_learning_rate * sigmoid of a linear gate; None for chunk_size ** -0.5",
-        "loss_scale": "1: gradients of ‖M(k) - v‖² / 2; 2 is the main text's loss",
-        "read": "'post', after the token's own write; 'pre' reads before it",
-        "output_norm": "RMSNorm over the read-outs of all heads",
-        "output_gate": "the read-out is multiplied by SiLU of a linear gate, before the output projection",
-        "initial weights": "learned per head, variance 1 / fan-in (zero at a depth of 1); initial momentum zero",
-        "decay_to_init": "off: forgetting decays to zero, where a deep memory is dead; on in titans_lmm_tiny",
-        "max_gradient_norm": "off; 1.0 in titans_lmm_tiny, which bounds every step of the memory",
+        **MEMORY_CHOICES,
         "hidden_dim": "SwiGLU of 8/3 dim, rounded up to a multiple of 64",
         "tie_embeddings": "on",
     },
@@ -71,6 +59,11 @@ class TitansLMM(CausalLM):
         output_norm: Normalise what is read.
         decay_to_init: Forget towards the initial weights instead of zero.
         max_gradient_norm: Clip each token's gradient; None for no clipping.
+        residual_norm: A residual and a LayerNorm around the memory MLP.
+        gate_groups: Groups of a linear memory's channels with gates of their own.
+        lookahead_values: Store each value under the key of the token before.
+        implicit_step: Solve the steps of a linear memory instead of following their gradients.
+        checkpoint_chunks: Recompute the memory in the backward pass, so many chunks at a time; None keeps everything.
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
         checkpoint_blocks: Compute each block again in the backward pass.
@@ -109,6 +102,11 @@ class TitansLMM(CausalLM):
         output_norm: bool = True,
         decay_to_init: bool = False,
         max_gradient_norm: float | None = None,
+        residual_norm: bool = False,
+        gate_groups: int = 1,
+        lookahead_values: bool = False,
+        implicit_step: bool = False,
+        checkpoint_chunks: int | None = None,
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
         checkpoint_blocks: bool = False,
@@ -133,6 +131,11 @@ class TitansLMM(CausalLM):
                 output_norm=output_norm,
                 decay_to_init=decay_to_init,
                 max_gradient_norm=max_gradient_norm,
+                residual_norm=residual_norm,
+                gate_groups=gate_groups,
+                lookahead_values=lookahead_values,
+                implicit_step=implicit_step,
+                checkpoint_chunks=checkpoint_chunks,
                 backend=backend,
             )
 
@@ -153,23 +156,64 @@ def titans_lmm_tiny(**overrides: Any) -> TitansLMM:
     Forgets towards its initial weights and limits the memory's gradients: without the first its memory fades to nothing
     beyond the trained length, without the second it can diverge there.
     """
-    stable = dict(decay_to_init=True, max_gradient_norm=1.0)
-    return TitansLMM(**dict(vocab_size=256, dim=128, depth=4) | stable | overrides)
+    return TitansLMM(**dict(vocab_size=256, dim=128, depth=4) | STABLE_MEMORY | overrides)
 
 
 @register_model(LMM_CARD)
 def titans_lmm_170m(**overrides: Any) -> TitansLMM:
     """12 blocks of width 768, 32k tokens: the smallest of the paper's sizes (119M parameters, embeddings tied)."""
-    return TitansLMM(**dict(vocab_size=32000, dim=768, depth=12) | overrides)
+    return TitansLMM(**SIZES["170m"] | overrides)
 
 
 @register_model(LMM_CARD)
 def titans_lmm_340m(**overrides: Any) -> TitansLMM:
     """24 blocks of width 1024, 32k tokens: 369M parameters."""
-    return TitansLMM(**dict(vocab_size=32000, dim=1024, depth=24) | overrides)
+    return TitansLMM(**SIZES["340m"] | overrides)
 
 
 @register_model(LMM_CARD)
 def titans_lmm_760m(**overrides: Any) -> TitansLMM:
     """24 blocks of width 1536, 32k tokens: 798M parameters."""
-    return TitansLMM(**dict(vocab_size=32000, dim=1536, depth=24) | overrides)
+    return TitansLMM(**SIZES["760m"] | overrides)
+
+
+ONLINE_CARD = replace(
+    LMM_CARD,
+    name="Titans linear, online",
+    title="Titans: a matrix as memory, every gradient taken where the last token's step ended",
+    memory="a matrix per sequence, block and head: the delta rule with momentum and forgetting",
+    choices={
+        **LMM_CARD.choices,
+        "memory_depth": "1: the memory is a matrix",
+        "chunk_size": "1: no two tokens share a gradient base; blocks of 64 tokens are solved at once, exactly",
+        "decay_to_init": "off: forgetting decays to zero, which is no dead point of a matrix",
+        "max_gradient_norm": "off: a limit would need the errors one after the other",
+        "max_learning_rate": "1: for keys of unit length any step up to (2 - alpha) (1 + eta) is stable",
+    },
+    claims=(),
+)
+ONLINE = dict(memory_depth=1, chunk_size=1)
+
+
+@register_model(ONLINE_CARD)
+def titans_linear_online_tiny(**overrides: Any) -> TitansLMM:
+    """1.1M parameters on bytes, as many as the other tiny models."""
+    return TitansLMM(**dict(vocab_size=256, dim=128, depth=4, hidden_dim=448) | ONLINE | overrides)
+
+
+@register_model(ONLINE_CARD)
+def titans_linear_online_170m(**overrides: Any) -> TitansLMM:
+    """12 blocks of width 768, 32k tokens: 118M parameters."""
+    return TitansLMM(**SIZES["170m"] | ONLINE | overrides)
+
+
+@register_model(ONLINE_CARD)
+def titans_linear_online_340m(**overrides: Any) -> TitansLMM:
+    """24 blocks of width 1024, 32k tokens: 365M parameters."""
+    return TitansLMM(**SIZES["340m"] | ONLINE | overrides)
+
+
+@register_model(ONLINE_CARD)
+def titans_linear_online_760m(**overrides: Any) -> TitansLMM:
+    """24 blocks of width 1536, 32k tokens: 791M parameters."""
+    return TitansLMM(**SIZES["760m"] | ONLINE | overrides)

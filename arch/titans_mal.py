@@ -1,0 +1,135 @@
+"""Titans: memory as layer (MAL), arXiv 2501.00663."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from memzoo.arch.block import Block
+from memzoo.arch.card import Claim, Fidelity, ModelCard
+from memzoo.arch.causal_lm import CausalLM
+from memzoo.arch.registry import record_config, register_model
+from memzoo.arch.titans_common import IN_LAYERS, SIZES, memory_choices, with_stable_memory
+from memzoo.layers.errors import check_positive
+from memzoo.layers.feedforward import SwiGLU
+from memzoo.layers.memory_as_layer import MemoryAsLayer
+
+MAL_CARD = ModelCard(
+    name="Titans MAL",
+    title="Titans: learning to memorize at test time, memory as layer",
+    paper="arXiv 2501.00663",
+    memory="the weights of a small MLP, a copy per sequence, block and head; above it a window of its outputs",
+    written="every token, by one step of gradient descent with momentum and forgetting on ‖M(k) - v‖²",
+    read="every token, right after it was written; sliding-window attention reads what the memory says",
+    fidelity=Fidelity.DESIGN,
+    choices={
+        "layout": "x + NeuralMemory(RMSNorm x), x + SlidingWindowAttention(RMSNorm x), x + SwiGLU(RMSNorm x), as in H3",
+        "sizes": "depth and width of Gated DeltaNet's 170M, 340M and 760M models; the paper gives none",
+        "window": "512 tokens",
+        "num_kv_heads": "as many as query heads",
+        **IN_LAYERS,
+        **memory_choices(),
+    },
+    claims=(
+        Claim("better recall beyond the window than attention alone"),
+        Claim("340M parameters, 15B tokens: Wiki perplexity 24.69, Gated DeltaNet 27.01", recipe="titans/mal_340m"),
+    ),
+)
+
+
+class TitansMAL(CausalLM):
+    """Blocks of memory as layer and SwiGLU; see ``memzoo.layers.MemoryAsLayer``.
+
+    Args:
+        vocab_size: Number of token ids.
+        dim: Width of the residual stream.
+        depth: Number of blocks.
+        window: Tokens a query sees, its own among them.
+        num_persistent_tokens: Learned tokens in front of every sequence; 0 for none.
+        num_heads: Heads of the attention and of the memory; None for one per ``head_dim`` channels.
+        head_dim: Width of a head; 64 when neither it nor ``num_heads`` is given.
+        num_kv_heads: Heads of the attention's keys and values; None for as many as of queries.
+        rotary_base: Base of the rotary embedding; None for no positions.
+        qk_norm: RMS-normalise the attention's queries and keys.
+        memory: Keyword options of ``memzoo.layers.NeuralMemory``, such as ``{"memory_depth": 3}``.
+        hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
+        tie_embeddings: Read the logits with the embedding matrix.
+        checkpoint_blocks: Compute each block again in the backward pass.
+
+    Shape:
+        As ``CausalLM``.
+
+    Raises:
+        ValueError: A size is not positive, does not divide another, or an option is unknown.
+
+    Reference:
+        Behrouz et al., arXiv 2501.00663, section 4.3.
+    """
+
+    @record_config
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        depth: int,
+        *,
+        window: int = 512,
+        num_persistent_tokens: int = 16,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        rotary_base: float | None = 10000.0,
+        qk_norm: bool = False,
+        memory: Mapping[str, Any] | None = None,
+        hidden_dim: int | None = None,
+        tie_embeddings: bool = True,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        def mixer() -> MemoryAsLayer:
+            return MemoryAsLayer(
+                dim,
+                window=window,
+                num_persistent_tokens=num_persistent_tokens,
+                num_heads=num_heads,
+                head_dim=head_dim,
+                num_kv_heads=num_kv_heads,
+                rotary_base=rotary_base,
+                qk_norm=qk_norm,
+                memory=memory,
+            )
+
+        check_positive("depth", depth)
+        super().__init__(
+            vocab_size,
+            dim,
+            [Block(mixer(), SwiGLU(dim, hidden_dim=hidden_dim)) for _ in range(depth)],
+            tie_embeddings=tie_embeddings,
+            checkpoint_blocks=checkpoint_blocks,
+        )
+
+
+@register_model(MAL_CARD)
+def titans_mal_tiny(**overrides: Any) -> TitansMAL:
+    """1.1M parameters on bytes, as many as the other tiny models, in 3 blocks; trains on two CPU cores in minutes.
+
+    Its memory forgets towards its initial weights and limits its gradients, as that of `titans_lmm_tiny` does; what
+    ``memory`` says goes on top of that.
+    """
+    small: dict[str, Any] = dict(vocab_size=256, dim=128, depth=3, window=64, num_persistent_tokens=4, hidden_dim=424)
+    return TitansMAL(**small | with_stable_memory(overrides))
+
+
+@register_model(MAL_CARD)
+def titans_mal_170m(**overrides: Any) -> TitansMAL:
+    """12 blocks of width 768, 32k tokens: 148M parameters, embeddings tied."""
+    return TitansMAL(**SIZES["170m"] | overrides)
+
+
+@register_model(MAL_CARD)
+def titans_mal_340m(**overrides: Any) -> TitansMAL:
+    """24 blocks of width 1024, 32k tokens: 470M parameters; the paper's 340M, whose shape it does not give."""
+    return TitansMAL(**SIZES["340m"] | overrides)
+
+
+@register_model(MAL_CARD)
+def titans_mal_760m(**overrides: Any) -> TitansMAL:
+    """24 blocks of width 1536, 32k tokens: 1025M parameters; the paper's 760M, whose shape it does not give."""
+    return TitansMAL(**SIZES["760m"] | overrides)
