@@ -13,7 +13,7 @@ export PYTHONSAFEPATH := 1
 .PHONY: demo test test-all test-gpu lint types develop benchmark clean
 
 demo: $(VENV)/.installed
-	$(BIN)/memzoo fit --config titans/lmm_tiny.yaml
+	$(BIN)/memzoo fit --config titans/mac_tiny.yaml
 
 test: lint types
 	$(PYTEST) -n auto -m "not slow and not gpu"

@@ -82,11 +82,13 @@ def _show_model(name: str) -> None:
 def _show_layer(name: str, dim: int = 128) -> None:
     import inspect
 
+    from memzoo import layers
     from memzoo.layers.mixer import SequenceMixer
     from memzoo.layers.registry import create_layer, layer_entry
 
     entry, layer = layer_entry(name), create_layer(name, dim)
-    print(f"{name}: {(inspect.getdoc(type(layer)) or '').partition(chr(10))[0]}\n")
+    built = getattr(layers, name, type(layer))  # some layers are another's class, built by a function of their name
+    print(f"{name}: {(inspect.getdoc(built) or '').partition(chr(10))[0]}\n")
     facts = _facts()
     facts.add_row("class", f"{type(layer).__module__}.{type(layer).__name__}")
     facts.add_row("kind", entry.kind)

@@ -4,7 +4,7 @@
     python scripts/catalog.py --write    # write them again
 
 A generated part stands between `<!-- generated: PART -->` and `<!-- end -->`; PART is a function below and its
-argument.
+arguments, names of models.
 """
 
 import inspect
@@ -12,18 +12,22 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import yaml
 from torch import nn
 
+from memzoo import layers as public
 from memzoo.arch import create_model, list_models, model_card, model_entry
 from memzoo.layers import create_layer, layer_entry, list_layers
 from memzoo.recipes import list_recipes, read_reference, recipe_path, recipe_summary, reference_path
 
+Built = type[nn.Module] | FunctionType  # a class, or a function that builds one with other settings
+
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(
-    r"(?<=<!-- generated: )(?P<name>\w+) ?(?P<argument>\w*)(?P<open> -->\n).*?(?=<!-- end -->)", re.DOTALL
+    r"(?<=<!-- generated: )(?P<name>\w+)(?P<arguments>(?: \w+)*)(?P<open> -->\n).*?(?=<!-- end -->)", re.DOTALL
 )
 
 
@@ -36,9 +40,8 @@ def rewritten(page: Path, text: str) -> str:
     """Return the text of a page with its generated parts as they should be."""
 
     def generate(found: re.Match[str]) -> str:
-        name, argument = found["name"], found["argument"]
-        lines = PARTS[name](page, *filter(None, [argument]))
-        return f"{name} {argument}".rstrip() + found["open"] + "\n".join(lines) + "\n"
+        lines = PARTS[found["name"]](page, *found["arguments"].split())
+        return found["name"] + found["arguments"] + found["open"] + "\n".join(lines) + "\n"
 
     return PART.sub(generate, text)
 
@@ -48,47 +51,76 @@ def layers(page: Path) -> list[str]:
     rows = []
     for name in list_layers():
         entry = layer_entry(name)
-        layer = create_layer(name, 64)
+        built = built_by(name)
         state = "none" if entry.kind == "channel" else entry.state_size
-        what = summary(type(layer))
-        rows.append([code(name), class_link(page, layer), paper(type(layer)), what, state, status(entry.skips)])
-    return table(["name", "class", "paper", "what it is", "state", "status"], rows)
+        rows.append([code(name), link(page, built), paper(built), summary(built), state, status(entry.skips)])
+    return table(["name", "class or function", "paper", "what it is", "state", "status"], rows)
 
 
 def models(page: Path) -> list[str]:
-    """The registered models, a row an architecture."""
-    sizes: dict[type[nn.Module], list[str]] = {}
+    """The registered models, a row a card."""
+    families: dict[str, list[str]] = {}
     for name in list_models():
-        sizes.setdefault(model_entry(name).architecture, []).append(name)
+        families.setdefault(model_card(name).name, []).append(name)
     rows = []
-    for names in sizes.values():
-        built = {name: on_meta(name) for name in names}
+    for names in families.values():
         card = model_card(names[0])
-        parameters = sorted((model.num_parameters(), name) for name, model in built.items())
-        named = ", ".join(f"{code(name)} ({count / 1e6:.3g}M)" for count, name in parameters)
-        architecture = class_link(page, built[names[0]])
-        rows.append([named, architecture, arxiv(card.paper), card.memory, card.state_size, status(card.skips)])
+        parameters = sorted((on_meta(name).num_parameters(), name) for name in names)
+        sizes = ", ".join(f"{code(name)} ({short(count)})" for count, name in parameters)
+        architecture = link(page, model_entry(names[0]).architecture)
+        rows.append([sizes, architecture, arxiv(card.paper), card.memory, card.state_size, status(card.skips)])
     return table(["name (parameters)", "class", "paper", "memory", "state", "status"], rows)
 
 
-def card(page: Path, name: str) -> list[str]:
-    """What is known of a model's architecture."""
-    return table(["", ""], [[label, arxiv(text)] for label, text in model_card(name).rows()])
+def card(page: Path, *names: str) -> list[str]:
+    """What is known of a model's architecture; of several, what they differ in as a table, and what they share."""
+    facts = {model_card(name).name: {label: arxiv(text) for label, text in model_card(name).rows()} for name in names}
+    first, *others = facts.values()
+    if not others:
+        return table(["", ""], [[label, text] for label, text in first.items()])
+    shared = [label for label in first if all(own[label] == first[label] for own in others)]
+    differing = [label for label in first if label not in shared]
+    rows = [[model, *(own[label] for label in differing)] for model, own in facts.items()]
+    common = "; ".join(f"{label} {first[label]}" for label in shared)
+    return [*table(["", *differing], rows), "", f"All of them: {common}."]
 
 
-def choices(page: Path, name: str) -> list[str]:
-    """What the paper of a model leaves open."""
-    arguments = inspect.signature(model_entry(name).architecture).parameters
-    rows = [[code(key) if key in arguments else key, text] for key, text in model_card(name).choices.items()]
-    return table(["argument, or part", "choice"], rows)
+def choices(page: Path, *names: str) -> list[str]:
+    """What the papers of models leave open. An option of a part, `part.option`, is left to the part's own page."""
+    arguments = {key for name in names for key in inspect.signature(model_entry(name).architecture).parameters}
+    chosen = {
+        name: [
+            (code(key) if key in arguments else key, text)
+            for key, text in model_card(name).choices.items()
+            if "." not in key
+        ]
+        for name in names
+    }
+    return merged(["argument, or part", "choice"], chosen)
 
 
-def claims(page: Path, name: str) -> list[str]:
-    """What the paper of a model claims."""
-    return table(
-        ["claim", "recipe"],
-        [[claim.text, code(claim.recipe) if claim.recipe else "none yet"] for claim in model_card(name).claims],
-    )
+def claims(page: Path, *names: str) -> list[str]:
+    """What the papers of models claim."""
+    claimed = {
+        name: [(claim.text, code(claim.recipe) if claim.recipe else "none yet") for claim in model_card(name).claims]
+        for name in names
+    }
+    return merged(["claim", "recipe"], claimed)
+
+
+def merged(columns: list[str], rows: Mapping[str, list[tuple[str, str]]]) -> list[str]:
+    """Return a table of rows of models, equal ones once; of several models, with a column that names them."""
+    holders: dict[tuple[str, str], list[str]] = {}
+    for name, own in rows.items():
+        for row in own:
+            holders.setdefault(row, []).append(model_card(name).name)
+    if len(rows) == 1:
+        return table(columns, [list(row) for row in holders])
+    keys = [key for key, _ in holders]
+    every = [model_card(name).name for name in rows]
+    together = sorted(holders, key=lambda row: keys.index(row[0]))  # stable: rows of one key follow one another
+    of = {row: "all" if models == every else "; ".join(models) for row, models in holders.items()}
+    return table([*columns, "of"], [[*row, of[row]] for row in together])
 
 
 def recipes(page: Path) -> list[str]:
@@ -140,16 +172,27 @@ def status(skips: Mapping[str, str]) -> str:
     return "experimental" if skips else "conformant"
 
 
-def summary(cls: type) -> str:
-    """Return the first line of a class's docstring as Markdown, without its full stop."""
-    return (cls.__doc__ or "").partition("\n")[0].rstrip(".").replace("``", "`")
+def built_by(name: str) -> Built:
+    """Return what a user builds a registered layer with: the exported function of its name, or else its class."""
+    return getattr(public, name) if name in public.__all__ else type(create_layer(name, 64))
 
 
-def paper(cls: type) -> str:
-    """Return the paper that a class, or the class it extends, names first."""
-    docs = "\n".join(base.__dict__.get("__doc__") or "" for base in cls.__mro__)
-    found = re.search(r"arXiv \d{4}\.\d{5}", docs)
-    return arxiv(found[0]) if found else ""
+def summary(built: Built) -> str:
+    """Return the first line of a docstring as Markdown, without its end, of a function what it builds."""
+    return (built.__doc__ or "").partition("\n")[0].removeprefix("Build ").rstrip(".:").replace("``", "`")
+
+
+def paper(built: Built) -> str:
+    """Return the first paper under `Reference:`, where a class has none of the class it extends."""
+    sources = built.__mro__ if isinstance(built, type) else (built,)
+    docs = "\n".join(source.__doc__ or "" for source in sources)
+    found = re.search(r"Reference:.*?(arXiv \d{4}\.\d{5})", docs, re.DOTALL)
+    return arxiv(found[1]) if found else ""
+
+
+def short(count: int) -> str:
+    """Return a number in millions or billions."""
+    return f"{count / 1e6:.3g}M" if count < 1e9 else f"{count / 1e9:.3g}B"
 
 
 def arxiv(text: str) -> str:
@@ -157,9 +200,9 @@ def arxiv(text: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", text)
 
 
-def class_link(page: Path, module: nn.Module) -> str:
-    """Return the name of a module's class, linked to the page that is about it."""
-    name = type(module).__name__
+def link(page: Path, built: Built) -> str:
+    """Return the name of a class or function, linked to the page that is about it."""
+    name = built.__name__
     homes = [other for other in pages() if name in on_page(other)]
     if len(homes) != 1:
         raise ValueError(f"{name} is on {len(homes)} pages; name it behind `On this page:` on one page of docs/")
@@ -167,9 +210,9 @@ def class_link(page: Path, module: nn.Module) -> str:
 
 
 def on_page(page: Path) -> list[str]:
-    """Return the names that a page says it is about, in its paragraph ``On this page: ...``."""
+    """Return the names, and patterns of names, that a page says it is about: its paragraph ``On this page: ...``."""
     paragraph = re.search(r"^On this page: (.*?)\n\n", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return re.findall(r"`(\w+)`", paragraph[1]) if paragraph else []
+    return re.findall(r"`([\w*]+)`", paragraph[1]) if paragraph else []
 
 
 def on_meta(name: str) -> nn.Module:

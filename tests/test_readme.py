@@ -5,7 +5,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
+from memzoo.recipes import recipe_path
 from tests.pages import README, ROOT, blocks, check_commands, commands, own_registries, run, with_promises
 
 PYTHON = blocks(README, "python")
@@ -60,6 +62,14 @@ def test_every_make_target_exists() -> None:
     named = re.findall(r"make ([a-z-]+)", README.read_text(encoding="utf-8").replace("make and", ""))
     assert {"demo", "test", "test-all", "test-gpu"} <= set(named)
     assert set(named) <= set(targets)
+
+
+def test_make_demo_trains_the_model_that_is_named() -> None:
+    [recipe] = re.findall(r"^demo:.*\n.*memzoo fit --config (\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    model = yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8"))["model"]["init_args"]["model"]
+    text = README.read_text(encoding="utf-8")
+    assert f"`make demo` trains `{model}`" in text
+    assert f"`runs/{model}/version_0/`" in text
 
 
 def test_the_table_of_folders_names_every_package() -> None:

@@ -8,7 +8,7 @@ import pytest
 from memzoo.lit_modules.cli import main
 from memzoo.recipes import read_reference
 
-RECIPE = "titans/lmm_tiny.yaml"
+RECIPE = "titans/mac_tiny.yaml"
 SHORT = [
     *("--data.paths", "text.txt", "--data.cache_dir", "cache", "--data.sequence_length", "32"),
     *("--trainer.max_steps", "30", "--trainer.val_check_interval", "15"),
@@ -20,7 +20,7 @@ SHORT = [
 def run(capsys, *options: str) -> tuple[Path, str]:
     """Run the recipe in the working folder; return the run's folder and what was printed."""
     assert main(["fit", "--config", RECIPE, *options]) == 0
-    (folder,) = Path("runs/titans_lmm_tiny").iterdir()
+    (folder,) = Path("runs/titans_mac_tiny").iterdir()
     return folder, capsys.readouterr().out
 
 
@@ -38,7 +38,7 @@ def test_the_demo_leaves_everything_it_promises(tmp_path, monkeypatch, capsys):
     assert lines[-2] == "---", "the sample ends"
     assert "--- sample after 30 steps ---" in lines
     assert lines[lines.index("--- sample after 30 steps ---") + 1].startswith("def ")
-    assert lines[-1].startswith("titans_lmm_tiny: ")
+    assert lines[-1].startswith("titans_mac_tiny: ")
     assert "transformer_tiny's" in lines[-1]
     assert main(["generate", "--checkpoint", str(folder / "checkpoints" / "best.ckpt"), "--max_new_tokens", "8"]) == 0
     assert capsys.readouterr().out.startswith("def ")
@@ -50,7 +50,7 @@ def test_the_demo_leaves_everything_it_promises(tmp_path, monkeypatch, capsys):
 def test_the_demo_reaches_what_was_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder, printed = run(capsys)
-    outcome, recorded = json.loads((folder / "summary.json").read_text()), read_reference("titans/lmm_tiny")
+    outcome, recorded = json.loads((folder / "summary.json").read_text()), read_reference("titans/mac_tiny")
     assert outcome["tokens"] == recorded["tokens"]
     assert outcome["val_bits_per_byte"] == pytest.approx(recorded["val_bits_per_byte"], rel=0.05)
     assert "the same tokens" in printed.splitlines()[-1]
