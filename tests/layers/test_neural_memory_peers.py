@@ -1,5 +1,7 @@
 """Parity with independent implementations of the same recurrence (the `peers` extra; skipped where it is absent)."""
 
+import importlib
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 import pytest
@@ -98,3 +100,68 @@ def test_16_titans_pytorch_computes_the_same_without_momentum(titans_pytorch):
     memory = build_peer(titans_pytorch, depth=2, momentum=False)
     x = torch.randn(2, 10, 6, dtype=torch.float64)
     assert_parity(run_ours(memory, x, 4)[0], memory(x)[0])
+
+
+# titans-unofficial, a token at a time: a second and unrelated oracle.
+
+
+@pytest.fixture(scope="module")
+def titans_unofficial() -> ModuleType:
+    """Its import name is ``titans``, which another package has too."""
+    try:
+        installed = version("titans-unofficial")
+    except PackageNotFoundError:
+        pytest.skip("needs titans-unofficial==2.0.0: pip install 'memzoo[peers]'")
+    assert installed == "2.0.0"
+    return importlib.import_module("titans.utils.memory")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize(("momentum", "forgetting"), [(True, True), (False, True), (True, False)])
+def test_16_online_memory_equals_titans_unofficial(
+    titans_unofficial: ModuleType, depth: int, momentum: bool, forgetting: bool
+) -> None:
+    torch.manual_seed(depth)
+    peer = titans_unofficial.NeuralMemoryModule(
+        5, memory_depth=depth, memory_dim=4, use_momentum=momentum, use_weight_decay=forgetting, max_grad_norm=None
+    ).double()
+    for layer in peer.memory_layers:
+        nn.init.zeros_(layer.bias)  # our memory has none
+    x = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
+    (parameters, surprise), rows = peer.init_state(2), []
+    for t in range(9):
+        rows.append(peer.retrieve(x[:, t : t + 1], (parameters, surprise)))
+        parameters, surprise = peer._update_step(x[:, t], (parameters, surprise))
+        for tensors in (parameters, surprise):
+            tensors[1::2] = [torch.zeros_like(bias) for bias in tensors[1::2]]
+    theirs = torch.cat(rows, 1)
+
+    def gate(project: nn.Linear, shift: float = 0.0) -> Tensor:
+        return torch.sigmoid(project(x) - shift)
+
+    q, k = (nn.functional.normalize(project(x), dim=-1)[:, :, None] for project in (peer.W_Q, peer.W_K))
+    alpha = gate(peer.alpha_proj, titans_unofficial.FORGET_GATE_SHIFT)
+    y, weights, _ = neural_memory(
+        q,
+        k,
+        peer.W_V(x)[:, :, None],
+        gate(peer.theta_proj),
+        gate(peer.eta_proj) if momentum else None,
+        alpha if forgetting else torch.zeros_like(alpha),
+        tuple(layer.weight.T.expand(2, 1, 4, 4) for layer in peer.memory_layers),
+        chunk_size=1,
+        activation="relu",
+        loss_scale=2.0,
+        read="pre",
+    )
+    torch.testing.assert_close(y[:, :, 0], theirs, rtol=1e-10, atol=1e-10)
+    for ours, weight in zip(weights, parameters[::2], strict=True):
+        torch.testing.assert_close(ours[:, 0], weight.mT, rtol=1e-10, atol=1e-10)
+    leaves = [x, *(p for name, p in peer.named_parameters() if "bias" not in name)]
+    probe = torch.randn_like(theirs)
+    expected = torch.autograd.grad(theirs, leaves, probe, allow_unused=True)
+    actual = torch.autograd.grad(y[:, :, 0], leaves, probe, allow_unused=True)
+    for a, b in zip(actual, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
