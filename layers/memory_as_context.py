@@ -94,7 +94,7 @@ class MemoryAsContext(SequenceMixer):
             a segment.
 
     Reference:
-        arXiv 2501.00663, section 4.1, equations 21 to 25.
+        arXiv 2501.00663, section 4.1. Loop twin: ``memzoo.layers.reference.memory_as_context``.
 
     Note:
         The causal form masks h and reads the memory token by token, since the printed equations show a token its
@@ -225,7 +225,7 @@ class MemoryAsContext(SequenceMixer):
             visible = visible_keys(slots, self.segment_size, self.num_persistent_tokens)
             y = self._attend(tokens, q, keys, values, visible)
             report = Trace() if trace is not None and trace.wants_signals else None
-            known = s * self.segment_size if state is None and lengths is None else None
+            known = s * self.segment_size if state is None else None
             answer, memory = self.memory.mix(
                 y, memory, lengths=segments.counts[s], trace=report, donate=False, position=known
             )

@@ -234,7 +234,7 @@ class NeuralMemory(SequenceMixer):
             return tuple(torch.zeros(batch_size, *w.shape, dtype=kept, device=device) for w in self.initial_weights)
 
         conv = None if self.conv is None else self.conv.initial_state(batch_size, device=device, dtype=dtype)
-        key = torch.zeros(batch_size, self.num_heads, self.head_dim, dtype=dtype, device=device)
+        key = torch.zeros(batch_size, self.num_heads, self.head_dim, dtype=kept, device=device)
         return NeuralMemoryState(
             counts,
             counts.clone(),
@@ -273,7 +273,7 @@ class NeuralMemory(SequenceMixer):
         last_key: tuple[Tensor, ...] = ()
         if self.lookahead_values:
             k, last = delay(k, None if own is None else own.last_key[0], lengths)
-            last_key = (last,)
+            last_key = (last.to(torch.promote_types(last.dtype, torch.float32)),)
         gates = self._gate_values(x, k)
         y, weights, momentum, base = self._scan(q, k, v, gates, own, lengths, trace, position)
         if trace is not None:
@@ -332,6 +332,11 @@ class NeuralMemory(SequenceMixer):
                 checkpoint_chunks=self.checkpoint_chunks,
                 **options,
             )
+            if position is not None and lengths is not None and state is not None:  # rows may have stopped elsewhere
+                moved = (lengths > 0).view(-1, 1, 1, 1)
+                base = tuple(
+                    torch.where(moved, b, old) for b, old in zip(base, part_columns(state.base, groups), strict=True)
+                )
         if groups > 1:
             y = y.unflatten(2, (-1, groups)).flatten(3)
             weights, momentum, base = (join_columns(part, groups) for part in (weights, momentum, base))

@@ -26,6 +26,18 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "matrix": {"memory_depth": 1, "momentum": False, "conv_width": None, "chunk_size": 1},
         "deep": {"memory_depth": 3, "decay_to_init": True, "max_gradient_norm": 0.5, "activation": "gelu"},
         "bare": {"read": "pre", "forgetting": False, "output_gate": False, "output_norm": False, "chunk_size": 6},
+        "residual": {"residual_norm": True, "lookahead_values": True, "checkpoint_chunks": 2, "loss_scale": 2.0},
+        "channels": {"memory_depth": 1, "gate_groups": 4, "decay_to_init": True},
+    },
+    "memory_as_context": {
+        "bare": {
+            "num_persistent_tokens": 0,
+            "shared_query": False,
+            "rotary_base": None,
+            "gate": "convex",
+            "residual": True,
+            "memory": MATRIX | {"chunk_size": 1},
+        },
     },
     "memory_as_gate": {
         "bare": {"num_persistent_tokens": 0, "gate": "convex", "rotary_base": None, "memory": MATRIX},
