@@ -173,8 +173,9 @@ def test_every_option_of_the_memory_is_an_option_of_the_model_with_its_default()
                 "num_heads": 8, "head_dim": 16, "memory_depth": 3, "memory_expansion": 4.0, "chunk_size": 16,
                 "activation": "gelu", "momentum": False, "forgetting": False, "conv_width": None,
                 "max_learning_rate": 0.5, "loss_scale": 2.0, "read": "pre", "output_gate": False,
-                "output_norm": False, "decay_to_init": True, "max_gradient_norm": 1.0, "residual_norm": True, "gate_groups": 2,
-                "lookahead_values": True, "implicit_step": True, "checkpoint_chunks": 3, "backend": "torch",
+                "output_norm": False, "decay_to_init": True, "max_gradient_norm": 1.0, "residual_norm": True,
+                "gate_groups": 2, "lookahead_values": True, "implicit_step": True, "checkpoint_chunks": 3,
+                "backend": "torch",
             },
         ),
         (

@@ -1,0 +1,209 @@
+"""Benchmarks of Titans MAC as a language model against titans-pytorch's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmark_cases.case import Case, Variant, Work, missing
+from benchmark_cases.neural_memory import unit_keys
+from memzoo.arch.titans_mac import TitansMAC
+
+OURS = "memzoo TitansMAC (per-token gates, conv, retrieval)"
+MOVING = "titans-pytorch 0.5.5, memory moves every segment (gates a chunk)"
+EXACT = "titans-pytorch 0.5.5, per-token gates (chunk 1)"
+DEFAULT = "titans-pytorch 0.5.5, its defaults (base never moves, 4 streams)"
+
+NOTE = """\
+Equal: width, depth, heads of attention and memory, segments, persistent tokens, feed-forward, vocabulary, an untied
+head, the memory MLP, momentum, forgetting, base moved once a segment, no residual norm in the memory, unit keys and
+SiLU projections. Different, since titans-pytorch has no option for it: its retrieved memory is added to the residual
+stream before attention, where ours puts it into the context, so that a query sees up to 2 segments + N_p keys (there
+1 segment + N_p), and reads the memory once more behind attention; ours convolves q, k and v and writes with gates of
+every token (there the mean of a segment, read from its end on; with chunk 1 gates of every token); its memory's
+activation is GELU, its persistent tokens are keys and values, it adds axial positions and mixes the first block's
+attention values into later ones; "its defaults" also has four residual streams."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes that both sides share."""
+
+    vocab_size: int = 256
+    dim: int = 256
+    depth: int = 4
+    num_heads: int = 4
+    segment_size: int = 64
+    num_persistent_tokens: int = 16
+    hidden_dim: int = 704
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.dim // self.num_heads
+
+    def ours(self) -> TitansMAC:
+        """Return our model."""
+        return TitansMAC(
+            self.vocab_size,
+            self.dim,
+            self.depth,
+            segment_size=self.segment_size,
+            num_persistent_tokens=self.num_persistent_tokens,
+            num_heads=self.num_heads,
+            memory={"memory_depth": 2, "memory_expansion": 2.0, "chunk_size": self.segment_size},
+            hidden_dim=self.hidden_dim,
+            tie_embeddings=False,
+        )
+
+    def peer(self, *, chunk: int | None = None, moves: bool = True, streams: int = 1) -> nn.Module:
+        """Return titans-pytorch's: memory gates a ``chunk`` of tokens, a base that ``moves`` every segment."""
+        from titans_pytorch import MemoryAsContextTransformer, MemoryMLP
+
+        model = MemoryAsContextTransformer(
+            num_tokens=self.vocab_size,
+            dim=self.dim,
+            depth=self.depth,
+            segment_len=self.segment_size,
+            neural_memory_segment_len=chunk or self.segment_size,
+            neural_memory_batch_size=self.segment_size if moves else None,
+            num_persist_mem_tokens=self.num_persistent_tokens,
+            num_residual_streams=streams,
+            heads=self.num_heads,
+            dim_head=self.head_dim,
+            ff_mult=self.hidden_dim / self.dim * 1.5,
+            neural_memory_model=MemoryMLP(self.head_dim, depth=2, expansion_factor=2.0),
+            neural_memory_kwargs=dict(
+                heads=self.num_heads,
+                dim_head=self.head_dim,
+                mem_model_norm_add_residual=False,
+                momentum=True,
+                activation=nn.SiLU(),
+                qk_rmsnorm=True,
+                default_step_transform_max_lr=self.segment_size**-0.5,
+                store_memory_loss_fn=lambda predicted, target: (predicted - target).pow(2).sum(-1),
+            ),
+        )
+        return unit_keys(model)
+
+
+def _train(model: nn.Module, loss: Callable[[Tensor], Tensor], vocab_size: int, batch: int, time: int) -> Work:
+    """Forward and backward of a loss on batch x (time + 1) tokens."""
+    tokens = torch.randint(vocab_size, (batch, time + 1))
+
+    def work() -> None:
+        model.zero_grad(set_to_none=True)
+        loss(tokens).backward()
+
+    return work
+
+
+def train_ours(setting: Setting, batch: int, time: int) -> Work:
+    """One training step, the optimiser's part left out."""
+    model = setting.ours()
+
+    def loss(tokens: Tensor) -> Tensor:
+        logits, _ = model(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    return _train(model, loss, setting.vocab_size, batch, time)
+
+
+def train_peer(setting: Setting, batch: int, time: int, **options: Any) -> Work:
+    """The same of the peer."""
+    model = setting.peer(**options)
+    return _train(model, lambda tokens: model(tokens, return_loss=True), setting.vocab_size, batch, time)
+
+
+def decode_ours(setting: Setting, prompt: int, new: int) -> Work:
+    """Sample ``new`` tokens after a prompt that was read before."""
+    model = setting.ours().eval()
+    tokens = torch.randint(setting.vocab_size, (1, prompt))
+    with torch.no_grad():
+        _, state = model.prefill(tokens[:, :-1])
+
+    def work() -> list[Tensor]:
+        return list(model.generate(tokens[:, -1:], new, state=state))
+
+    return work
+
+
+def decode_peer(setting: Setting, prompt: int, new: int, **options: Any) -> Work:
+    """The same by the loop of the peer's ``sample(use_cache=True)``, without its progress bar and token filter."""
+    from titans_pytorch.mac_transformer import gumbel_sample
+
+    model = setting.peer(**options).eval()
+    tokens = torch.randint(setting.vocab_size, (1, prompt))
+    positions = model.axial_pos_emb
+    outer = positions.maybe_derive_outer_dim(prompt + new, (model.neural_memory_segment_len,))
+    with torch.no_grad():
+        factorized = positions(outer, return_factorized=True)
+        first, cache = model(tokens, return_cache=True)
+
+    @torch.no_grad()
+    def work() -> Tensor:
+        out, logits, state = tokens, first, cache
+        for _ in range(new):
+            out = torch.cat((out, gumbel_sample(logits[:, -1])), -1)
+            logits, state = model(out, cache=state, return_cache=True, factorized_pos_emb=factorized)
+        return out[:, prompt:]
+
+    return work
+
+
+def cases(
+    setting: Setting | None = None, *, batch: int = 2, time: int = 1024, prompt: int = 256, new: int = 64
+) -> list[Case]:
+    """Training and decoding, side by side."""
+    s = setting or Setting()
+    absent = missing("titans_pytorch")
+    wiring = {MOVING: {}, DEFAULT: dict(moves=False, streams=4)}
+    sizes = (
+        f"width {s.dim}, {s.depth} blocks, {s.num_heads} heads, segments of {s.segment_size}, "
+        f"{s.num_persistent_tokens} persistent tokens, memory MLP of two layers, h = 2d"
+    )
+
+    def trained(name: str, tokens: int, **options: Any) -> Variant:
+        return Variant(name, lambda: train_peer(s, batch, tokens, **options), batch * tokens, missing=absent)
+
+    def decoded(name: str, **options: Any) -> Variant:
+        return Variant(name, lambda: decode_peer(s, prompt, new, **options), new, missing=absent)
+
+    few = 2 * s.segment_size  # it keeps weights for every token: time and memory are those of its tokens
+    short = f"{EXACT}, {few} tokens"
+    return [
+        Case(
+            "titans_mac_train",
+            "mac",
+            f"Titans MAC, training: {sizes}; batch {batch}, {time} tokens; forward and backward of the loss",
+            [
+                Variant(OURS, lambda: train_ours(s, batch, time), batch * time),
+                *(trained(name, time, **options) for name, options in wiring.items()),
+                trained(short, few, chunk=1),
+            ],
+            note=NOTE,
+            targets={MOVING: 3.0, short: 3.0},
+            most_memory={MOVING: 0.5, short: 0.5},
+        ),
+        Case(
+            "titans_mac_decode",
+            "mac",
+            f"Titans MAC, decoding: {sizes}; {new} tokens after {prompt}, one sequence",
+            [
+                Variant(OURS, lambda: decode_ours(s, prompt, new), new),
+                *(decoded(name, **options) for name, options in wiring.items()),
+                decoded(EXACT, chunk=1),
+            ],
+            note="The models above. Ours writes its memory with every token, titans-pytorch's at the end of a "
+            "segment, with chunk 1 with every token. Reading the prompt is not timed; its length is a multiple of the "
+            "segment, since titans-pytorch's cache loses the running segment after a longer prompt that is not.",
+            targets={MOVING: 5.0, EXACT: 5.0},
+            has_memory=False,
+        ),
+    ]
+
+
+CASES = cases()
