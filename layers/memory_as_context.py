@@ -21,7 +21,7 @@ from memzoo.layers.mixer import SequenceMixer, counters
 from memzoo.layers.neural_memory import NeuralMemoryState
 from memzoo.layers.neural_memory_parts import unit
 from memzoo.layers.norm import RMSNorm
-from memzoo.layers.ops.memory_arguments import Weights
+from memzoo.layers.ops.memory_arguments import Weights, any_row
 from memzoo.layers.persistent_memory import PersistentMemory
 from memzoo.layers.registry import register_layer
 from memzoo.layers.rotary import Rotary
@@ -376,6 +376,8 @@ def visible_keys(slots: Tensor, segment_size: int, num_persistent_tokens: int) -
 
 
 def _where(rows: Tensor, yes: Weights, no: Weights) -> Weights:
+    if not any_row(rows):
+        return no
     return tuple(torch.where(rows.view(-1, 1, 1, 1), a, b) for a, b in zip(yes, no, strict=True))
 
 

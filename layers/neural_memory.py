@@ -26,7 +26,7 @@ from memzoo.layers.neural_memory_parts import (
 )
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.activations import ACTIVATIONS
-from memzoo.layers.ops.memory_arguments import Weights
+from memzoo.layers.ops.memory_arguments import Weights, any_row
 from memzoo.layers.ops.neural_memory import neural_memory_scan
 from memzoo.layers.ops.neural_memory_norm import normalise
 from memzoo.layers.ops.neural_memory_online import neural_memory_online_scan
@@ -353,6 +353,8 @@ class NeuralMemory(SequenceMixer):
         if state is None:
             return initial
         fresh = (state.position == 0).view(-1, 1, 1, 1)
+        if not any_row(fresh):
+            return state.weights
         return tuple(torch.where(fresh, w0, w) for w0, w in zip(initial, state.weights, strict=True))
 
     def queries(

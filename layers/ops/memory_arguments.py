@@ -22,6 +22,11 @@ def blank_behind(lengths: Tensor | None, *inputs: Tensor) -> list[Tensor]:
     return [x.masked_fill(behind.view(*behind.shape, *([1] * (x.dim() - 2))), 0) for x in inputs]
 
 
+def any_row(rows: Tensor) -> bool:
+    """Say whether any of ``rows`` (bool) is marked; yes, without a look, where one would stop a device or a graph."""
+    return torch.compiler.is_compiling() or rows.device.type != "cpu" or bool(rows.any())
+
+
 def to_rows(part: Weights | None, dtype: torch.dtype) -> Weights:
     """(batch, heads, ...) -> (batch * heads, ...) in ``dtype``; () for None."""
     return tuple(t.to(dtype).flatten(0, 1) for t in part or ())

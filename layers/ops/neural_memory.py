@@ -27,6 +27,7 @@ from memzoo.layers.ops.memory_arguments import (
 from memzoo.layers.ops.neural_memory_chunk import ChunkSettings, base_weights
 from memzoo.layers.ops.neural_memory_chunk_scan import ChunkScan, where
 from memzoo.layers.ops.neural_memory_norm import normalise
+from memzoo.layers.ops.neural_memory_step import neural_memory_step
 from memzoo.layers.ops.neural_memory_tables import chunk_coefficients
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.trace import Trace
@@ -165,6 +166,16 @@ def neural_memory_scan(
     batch, time, heads, _ = q.shape
     dtype = working_dtype(q, theta, alpha, weights[0])
     q, k, v, theta = blank_behind(lengths, q, k, v, theta)  # the tables take no other gate from there
+    if time == 1 and not torch.is_grad_enabled():
+        y, error, new_weights, new_momentum, last_base = neural_memory_step(
+            q, k, v, theta, eta, alpha, weights, momentum,
+            chunk_size=chunk_size, activation=activation, loss_scale=loss_scale, read=read, position=position,
+            base=base, anchor=anchor, max_gradient_norm=max_gradient_norm, norm=norm, lengths=lengths,
+        )  # fmt: skip
+        if trace is not None:
+            trace.signal("surprise", error)
+        return y, new_weights, new_momentum, last_base
+
     grid = ChunkGrid.lay_out(batch, time, heads, chunk_size, position, lengths, q.device)
     with no_autocast(q.device):
         q, k, v, theta, alpha = (grid.cut(t.to(dtype)) for t in (q, k, v, theta, alpha))

@@ -102,6 +102,18 @@ def test_01_chunk_form_equals_the_reference_whatever_the_arguments(drawn):
     assert_close(neural_memory_scan(**case, **options), reference.neural_memory_scan(**case, **options))
 
 
+@random_cases
+@given(cases())
+@torch.no_grad()
+def test_01_one_token_without_gradients_equals_the_reference_whatever_the_arguments(drawn):
+    case, options = drawn
+    norm, empty = case.pop("norm", None), [name for name, value in case.items() if value is None]
+    case = take(without(case, *empty), times=slice(0, 1)) | dict.fromkeys(empty) | {"norm": norm}
+    if options["lengths"] is not None:
+        options["lengths"] = options["lengths"].clamp_max(1)
+    assert_close(neural_memory_scan(**case, **options), reference.neural_memory_scan(**case, **options))
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_01_chunk_form_equals_the_reference_over_many_chunks(depth):
     case = without(make_case(time=43, depth=depth, dim=4, hidden=8), "base", "anchor")
