@@ -213,7 +213,8 @@ class MemoryAsContext(SequenceMixer):
         outputs, answers, reports = [], [], []
         for s, (tokens, asked, q, k, v) in enumerate(zip(*map(segments.cut, per_token), strict=True)):
             slots, begins = segments.slots[s], segments.begins[s]
-            current = self.memory.current_weights(memory, x.shape[0])
+            begun = s > 0 and state is None and lengths is None  # no row can be fresh
+            current = memory.weights if begun and memory else self.memory.current_weights(memory, len(x))
             frozen = _where(begins, current, frozen) if frozen and begins is not None else current
             h = self.memory.output(self.memory.recall(asked, frozen), tokens)
             k_h, v_h = self._keys_and_values(h, slots if self.retrieved_positions else None)

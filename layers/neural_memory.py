@@ -295,7 +295,9 @@ class NeuralMemory(SequenceMixer):
     ) -> tuple[Tensor, Weights, Weights, Weights]:
         """Write and read; return the reads, weights, momentum and gradient base."""
         groups = self.gate_groups
-        weights, momentum = self.current_weights(state, len(q)), None if state is None else state.momentum
+        begun = state is not None and position and lengths is None  # no row can be fresh
+        weights = state.weights if state is not None and begun else self.current_weights(state, len(q))
+        momentum = None if state is None else state.momentum
         anchor = self._initial(len(q)) if self.decay_to_init else None
         if groups > 1:  # every group is a head of its own that shares its keys
             q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
@@ -310,7 +312,7 @@ class NeuralMemory(SequenceMixer):
             backend=self.backend,
             trace=trace,
         )
-        if self.is_online:
+        if self.is_online and (q.shape[1] > 1 or torch.is_grad_enabled()):
             y, weights, momentum = neural_memory_online_scan(q, k, v, *gates, weights, momentum, **options)
             base = weights
         else:

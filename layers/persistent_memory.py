@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from memzoo.layers.errors import check_positive
 from memzoo.layers.mixer import SequenceMixer
+from memzoo.layers.ops.memory_arguments import any_row
 from memzoo.layers.state import MixerState
 
 AnyMixerState = TypeVar("AnyMixerState", bound=MixerState)
@@ -73,7 +74,7 @@ class PersistentMemory(nn.Module):
         Raises:
             ValueError: ``state`` is not of this mixer.
         """
-        if state is not None and not _must_read(state):
+        if state is not None and not any_row(state.position == 0):
             return state, None
         tokens = self.tokens[None]
         outputs, primed = mixer.mix(
@@ -89,13 +90,6 @@ class PersistentMemory(nn.Module):
         """Number and width of the tokens."""
         num_tokens, dim = self.tokens.shape
         return f"{dim}, num_tokens={num_tokens}"
-
-
-def _must_read(state: MixerState) -> bool:
-    """Whether gradients are on or a row is fresh; also where that cannot be seen: a compiled graph, no data."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or state.position.is_meta:
-        return True
-    return bool((state.position == 0).any())
 
 
 def _check_fit(state: MixerState, primed: MixerState, mixer: SequenceMixer) -> None:

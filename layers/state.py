@@ -108,6 +108,8 @@ class State:
     def load(self, path: str | Path) -> Self:
         """Read a file written by ``save`` into a state of this structure (the model's ``initial_state`` gives one).
 
+        Every tensor keeps the precision it was saved in, which under autocast is not that of a fresh state.
+
         Raises:
             ValueError: The file is not a state of this structure.
         """
@@ -130,7 +132,8 @@ class State:
         for name, tensor in stored.items():
             like = own[name]
             first = 2 if like.dim() > 1 and like.shape[1] == 0 else 1  # an empty cache grows along its second axis
-            if (tensor.dtype, tensor.shape[first:]) != (like.dtype, like.shape[first:]):
+            kinds = tensor.is_floating_point(), like.is_floating_point()
+            if kinds[0] != kinds[1] or tensor.shape[first:] != like.shape[first:]:
                 raise ValueError(
                     f"path={str(path)!r} holds {name} as {tensor.dtype} {tuple(tensor.shape)}, which does not fit "
                     f"{like.dtype} {tuple(like.shape)}; load it into the model that saved it"

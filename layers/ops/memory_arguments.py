@@ -23,8 +23,14 @@ def blank_behind(lengths: Tensor | None, *inputs: Tensor) -> list[Tensor]:
 
 
 def any_row(rows: Tensor) -> bool:
-    """Say whether any of ``rows`` (bool) is marked; yes, without a look, where one would stop a device or a graph."""
-    return torch.compiler.is_compiling() or rows.device.type != "cpu" or bool(rows.any())
+    """Say whether any of ``rows`` (bool) is marked, for code that could spare itself a choice if none is.
+
+    Yes, without a look, where a look would stop a device or a graph, and where gradients are on: what is chosen for no
+    row takes part in the backward pass all the same, as distributed training expects of every parameter.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or rows.device.type != "cpu":
+        return True
+    return bool(rows.any())
 
 
 def to_rows(part: Weights | None, dtype: torch.dtype) -> Weights:

@@ -172,7 +172,7 @@ def neural_memory_scan(
             chunk_size=chunk_size, activation=activation, loss_scale=loss_scale, read=read, position=position,
             base=base, anchor=anchor, max_gradient_norm=max_gradient_norm, norm=norm, lengths=lengths,
         )  # fmt: skip
-        if trace is not None:
+        if trace is not None and trace.wants_signals:
             trace.signal("surprise", error)
         return y, new_weights, new_momentum, last_base
 

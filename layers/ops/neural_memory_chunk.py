@@ -199,6 +199,9 @@ def chunk_forward(
     if settings.max_gradient_norm is not None:
         work.clip.append(clip_factor(work.x, d, settings.max_gradient_norm))
         d = [clip_errors(d_i, work.clip[0]) for d_i in d]
+        written = work.clip[0] > 0  # of a token that is dropped nothing may be left: its errors can be infinite
+        work.e = [torch.where(written, e, 0) for e in work.e]
+        work.norm = [torch.where(written, part, 0 if i != 1 else 1) for i, part in enumerate(work.norm)]
     work.d = d
 
     # Queries forward through the weights after each token, which exist only as coefficients.

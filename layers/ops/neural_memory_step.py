@@ -61,13 +61,11 @@ def neural_memory_step(
         if real is not None:
             new, surprise = _choose(real, new, w), _choose(real, surprise, past)
         y = _read(rows.q, new if read == "post" else w, inner, activation)
+        error = torch.linalg.vector_norm(error, dim=-1, keepdim=True)
         if real is not None:
-            y = y.masked_fill(~real, 0)
-            count = count + real
-        else:
-            count = count + 1
+            y, error = y.masked_fill(~real, 0), error.masked_fill(~real, 0)
+        count = count + (1 if real is None else real)
         end = _choose(count % chunk_size == 0, new, start)
-        error = torch.linalg.vector_norm(error, dim=-1)
     new, surprise, end = (tuple(t.unflatten(0, (batch, heads)) for t in part) for part in (new, surprise, end))
     return y.view(batch, 1, heads, -1), error.view(batch, 1, heads), new, surprise, end
 

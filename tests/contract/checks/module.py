@@ -24,6 +24,18 @@ def every_parameter_gets_a_gradient(part: Part) -> None:
         assert gradient.any(), f"the gradient of {name} is zero everywhere"
 
 
+@check("mixer", "model")
+def every_parameter_takes_part_in_a_call_that_goes_on(part: Part) -> None:
+    """Distributed training waits for the gradient of every parameter, also where a state was cut from its past."""
+    module = part.build()
+    _, state = module(part.inputs())
+    y, _ = module(part.inputs(), state.detach())
+    parameters = dict(module.named_parameters())
+    given = torch.autograd.grad(probe(y), list(parameters.values()), allow_unused=True)
+    left_out = [name for name, gradient in zip(parameters, given, strict=True) if gradient is None]
+    assert not left_out, f"no gradient reaches {left_out}"
+
+
 @check(*EVERY)
 def the_gradient_is_the_derivative(part: Part) -> None:
     """Along one random direction, in float64; rounding to float32 anywhere inside shows here too."""
