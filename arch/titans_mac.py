@@ -126,12 +126,14 @@ class TitansMAC(CausalLM):
 
 @register_model(MAC_CARD)
 def titans_mac_tiny(**overrides: Any) -> TitansMAC:
-    """1.1M parameters on bytes, as many as the other tiny models, in 3 blocks; trains on two CPU cores in minutes.
+    """1.1M parameters on bytes, as many as the other tiny models, in 2 blocks; trains on two CPU cores in minutes.
 
     Its memory is written with attention's output plus its input. It forgets towards its initial weights and limits its
     gradients, as that of `titans_lmm_tiny` does; what ``memory`` says goes on top of that.
     """
-    small: dict[str, Any] = dict(vocab_size=256, dim=128, depth=3, num_persistent_tokens=4, residual=True)
+    small: dict[str, Any] = dict(
+        vocab_size=256, dim=128, depth=2, hidden_dim=848, num_persistent_tokens=4, residual=True
+    )
     return TitansMAC(**small | with_stable_memory(overrides))
 
 

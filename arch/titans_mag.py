@@ -113,12 +113,12 @@ class TitansMAG(CausalLM):
 
 @register_model(MAG_CARD)
 def titans_mag_tiny(**overrides: Any) -> TitansMAG:
-    """1.1M parameters on bytes, as many as the other tiny models, in 3 blocks; trains on two CPU cores in minutes.
+    """1.1M parameters on bytes, as many as the other tiny models, in 2 blocks; trains on two CPU cores in minutes.
 
     Its memory forgets towards its initial weights and limits its gradients, as that of `titans_lmm_tiny` does; what
     ``memory`` says goes on top of that.
     """
-    small: dict[str, Any] = dict(vocab_size=256, dim=128, depth=3, window=64, num_persistent_tokens=4)
+    small: dict[str, Any] = dict(vocab_size=256, dim=128, depth=2, hidden_dim=848, window=64, num_persistent_tokens=4)
     return TitansMAG(**small | with_stable_memory(overrides))
 
 

@@ -108,12 +108,12 @@ class TitansMAL(CausalLM):
 
 @register_model(MAL_CARD)
 def titans_mal_tiny(**overrides: Any) -> TitansMAL:
-    """1.1M parameters on bytes, as many as the other tiny models, in 3 blocks; trains on two CPU cores in minutes.
+    """1.1M parameters on bytes, as many as the other tiny models, in 2 blocks; trains on two CPU cores in minutes.
 
     Its memory forgets towards its initial weights and limits its gradients, as that of `titans_lmm_tiny` does; what
     ``memory`` says goes on top of that.
     """
-    small: dict[str, Any] = dict(vocab_size=256, dim=128, depth=3, window=64, num_persistent_tokens=4, hidden_dim=424)
+    small: dict[str, Any] = dict(vocab_size=256, dim=128, depth=2, hidden_dim=888, window=64, num_persistent_tokens=4)
     return TitansMAL(**small | with_stable_memory(overrides))
 
 

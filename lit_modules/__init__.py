@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from memzoo.lit_modules.callbacks import LossFigure, SampleText, Summary, Throughput
     from memzoo.lit_modules.causal_lm import CausalLMModule
     from memzoo.lit_modules.checkpoint import AtomicCheckpointIO
-    from memzoo.lit_modules.data import TextData
+    from memzoo.lit_modules.data import RecallData, TextData
     from memzoo.lit_modules.progress import ProgressBar
 
 _HOMES = {
@@ -18,6 +18,7 @@ _HOMES = {
     "CausalLMModule": "causal_lm",
     "LossFigure": "callbacks",
     "ProgressBar": "progress",
+    "RecallData": "data",
     "SampleText": "callbacks",
     "Summary": "callbacks",
     "TextData": "data",
@@ -29,6 +30,7 @@ __all__ = [
     "CausalLMModule",
     "LossFigure",
     "ProgressBar",
+    "RecallData",
     "SampleText",
     "Summary",
     "TextData",

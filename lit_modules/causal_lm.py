@@ -13,22 +13,24 @@ from memzoo.arch import create_model
 from memzoo.layers.state import State
 from memzoo.layers.trace import Trace
 from memzoo.lit_modules.carried import CarriedStates
-from memzoo.lit_modules.metrics import MeanTokenLoss
+from memzoo.lit_modules.metrics import MeanTokenLoss, TokenAccuracy
 from memzoo.lit_modules.objective import NextTokens
 from memzoo.lit_modules.optim import parameter_groups
 from memzoo.lit_modules.schedule import ScheduleName, make_scheduler
 from memzoo.lit_modules.sharding import shard
 
 Stage = Literal["train", "val", "test"]
+Totals = tuple[MeanTokenLoss, TokenAccuracy]
 
 
 class CausalLMModule(LightningModule):
     """Next-token prediction with AdamW, a schedule, and memories that may be carried from batch to batch.
 
     Logs ``train/loss`` (nats per token), ``train/bits_per_byte``, and for validation and test, exact over all their
-    tokens, ``val/loss``, ``val/bits_per_byte``, ``val/perplexity``. Bits per byte need to know the bytes of a token:
-    the data module's ``bytes_per_token``; without one they are not logged. Auxiliary losses that layers report through
-    ``Trace`` are added to the objective and logged under ``train/``.
+    tokens, ``val/loss``, ``val/accuracy``, ``val/bits_per_byte``, ``val/perplexity``. Where the data module returns a
+    dict of loaders, the same for each of them, ``val/NAME/loss`` and so on. Bits per byte need to know the bytes of a
+    token: the data module's ``bytes_per_token``; without one they are not logged. Auxiliary losses that layers report
+    through ``Trace`` are added to the objective and logged under ``train/``.
 
     Args:
         model: Name of a registered model, or a module with the interface of ``memzoo.arch.CausalLM``.
@@ -71,7 +73,7 @@ class CausalLMModule(LightningModule):
         # A module is not a hyper-parameter: load_from_checkpoint(path, model=module) takes it anew.
         self.save_hyperparameters(ignore=[] if by_name else ["model"])
         self.model: Any = create_model(model, **(overrides or {})) if isinstance(model, str) else model
-        self._means: dict[Stage, MeanTokenLoss] = {}
+        self._totals: dict[Stage, dict[str, Totals]] = {}  # by the beginning of the names they are logged under
         self._carried = CarriedStates()
 
     def forward(self, tokens: Tensor, state: State | None = None, **options: Any) -> tuple[Tensor, State]:
@@ -84,8 +86,8 @@ class CausalLMModule(LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of the counted targets plus the layers' own losses."""
         trace = Trace(signals=False)
-        pieces, losses = self._predict(batch, batch_idx, "train", trace)
-        loss = pieces.mean(losses)
+        pieces, logits = self._predict(batch, batch_idx, "train", trace)
+        loss = pieces.mean(pieces.losses(logits))
         rows = len(pieces.inputs)
         self.log("train/loss", loss, prog_bar=True, batch_size=rows)
         if (bits := self._bits_per_byte(loss)) is not None:
@@ -94,17 +96,15 @@ class CausalLMModule(LightningModule):
             self.log(f"train/{name}", value, batch_size=rows)
         return loss + sum(trace.losses.values())
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch to the validation's sums."""
-        pieces, losses = self._predict(batch, batch_idx, "val")
-        self._means["val"].update(losses, pieces.counted)
+        self._measure(batch, batch_idx, dataloader_idx, "val")
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch to the test's sums."""
-        pieces, losses = self._predict(batch, batch_idx, "test")
-        self._means["test"].update(losses, pieces.counted)
+        self._measure(batch, batch_idx, dataloader_idx, "test")
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return ``losses`` (batch, time), nats per target, and ``counted``, which targets are real."""
         pieces = NextTokens.of(batch)
         logits, _ = self.model(pieces.inputs, mask=pieces.mask, doc_ids=pieces.doc_ids)
@@ -112,19 +112,19 @@ class CausalLMModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of the validation."""
-        self._means["val"] = MeanTokenLoss().to(self.device)
+        self._start_totals("val", self.trainer.val_dataloaders)
 
     def on_validation_epoch_end(self) -> None:
         """Log the exact means of the validation."""
-        self._log_means("val")
+        self._log_totals("val")
 
     def on_test_epoch_start(self) -> None:
         """Start the sums of the test."""
-        self._means["test"] = MeanTokenLoss().to(self.device)
+        self._start_totals("test", self.trainer.test_dataloaders)
 
     def on_test_epoch_end(self) -> None:
         """Log the exact means of the test."""
-        self._log_means("test")
+        self._log_totals("test")
 
     def _predict(
         self, batch: Mapping[str, Tensor], batch_idx: int, stage: Stage, trace: Trace | None = None
@@ -134,15 +134,33 @@ class CausalLMModule(LightningModule):
         logits, state = self.model(pieces.inputs, state, mask=pieces.mask, doc_ids=pieces.doc_ids, trace=trace)
         if self.hparams["truncated_backpropagation"]:
             self._carried.put(stage, state)
-        return pieces, pieces.losses(logits)
+        return pieces, logits
 
-    def _log_means(self, stage: Stage) -> None:
+    def _measure(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int, stage: Stage) -> None:
+        pieces, logits = self._predict(batch, batch_idx, stage)
+        losses, hits = pieces.losses(logits), pieces.hits(logits)
+        every, *named = self._totals[stage].values()
+        for loss, accuracy in (every, *named[dataloader_idx : dataloader_idx + 1]):
+            loss.update(losses, pieces.counted)
+            accuracy.update(hits, pieces.counted)
+
+    def _start_totals(self, stage: Stage, loaders: Any) -> None:
+        names = [f"{stage}/", *(f"{stage}/{name}/" for name in loaders)] if isinstance(loaders, dict) else [f"{stage}/"]
+        self._totals[stage] = {
+            name: (MeanTokenLoss().to(self.device), TokenAccuracy().to(self.device)) for name in names
+        }
+
+    def _log_totals(self, stage: Stage) -> None:
         self._carried.drop(stage)
-        loss = self._means.pop(stage).compute()
-        self.log(f"{stage}/loss", loss, sync_dist=True)
-        self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
-        if (bits := self._bits_per_byte(loss)) is not None:
-            self.log(f"{stage}/bits_per_byte", bits, prog_bar=True, sync_dist=True)
+        for name, (mean, accuracy) in self._totals.pop(stage).items():
+            loss = mean.compute()
+            bits = self._bits_per_byte(loss)
+            every = name == f"{stage}/"
+            self.log(f"{name}loss", loss, sync_dist=True)
+            self.log(f"{name}perplexity", loss.exp(), sync_dist=True)
+            self.log(f"{name}accuracy", accuracy.compute(), prog_bar=every and bits is None, sync_dist=True)
+            if bits is not None:
+                self.log(f"{name}bits_per_byte", bits, prog_bar=every, sync_dist=True)
 
     def _bits_per_byte(self, nats_per_token: Tensor) -> Tensor | None:
         bytes_per_token = getattr(data_module(self.trainer), "bytes_per_token", None)

@@ -10,10 +10,30 @@ from torchmetrics import Metric
 _SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
 
 
-class MeanTokenLoss(Metric):
-    """Mean negative log-likelihood per counted token, in nats.
+class _TokenMean(Metric):
+    """The sum over all counted tokens divided by their number, which the mean of batch means is not."""
 
-    The sum over all tokens divided by their number, which the mean of batch means is not.
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=_SUM_DTYPE), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, counted: Tensor) -> None:
+        """Add the values at which ``counted`` is True; both of one shape."""
+        self.total += values.to(_SUM_DTYPE).masked_fill(~counted, 0).sum()
+        self.count += counted.sum()
+
+    def compute(self) -> Tensor:
+        """Return the mean; NaN if nothing was counted."""
+        return self.total / self.count
+
+
+class MeanTokenLoss(_TokenMean):
+    """Mean negative log-likelihood per counted token, in nats; updated with the losses of all tokens.
 
     Example:
         >>> metric = MeanTokenLoss()
@@ -24,23 +44,19 @@ class MeanTokenLoss(Metric):
     """
 
     higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=_SUM_DTYPE), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, losses: Tensor, counted: Tensor) -> None:
-        """Add the losses at which ``counted`` is True; both of one shape."""
-        self.total += losses.to(_SUM_DTYPE).masked_fill(~counted, 0).sum()
-        self.count += counted.sum()
+class TokenAccuracy(_TokenMean):
+    """Share of counted tokens that were the likeliest; updated with whether each token was.
 
-    def compute(self) -> Tensor:
-        """Return the mean; NaN if nothing was counted."""
-        return self.total / self.count
+    Example:
+        >>> metric = TokenAccuracy()
+        >>> metric.update(torch.tensor([[True, False, True]]), torch.tensor([[True, True, False]]))
+        >>> float(metric.compute())
+        0.5
+    """
+
+    higher_is_better = True
 
 
 class UnigramEntropy(Metric):

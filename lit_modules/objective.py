@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+NOT_SCORED = -100  # label of a position that nothing is asked of; what torch's cross entropy ignores
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class NextTokens:
 
     Attributes:
         inputs: (batch, time) what the model reads.
-        targets: (batch, time) the token after each input.
-        counted: (batch, time) bool, where the target is real and of the same document as its input.
+        targets: (batch, time) the token after each input, or its label.
+        counted: (batch, time) bool, where the target is real, scored and of the same document as its input.
         mask: (batch, time) bool, real inputs; None if all are.
         doc_ids: (batch, time) the inputs' documents; None if each row is one.
     """
@@ -29,10 +30,12 @@ class NextTokens:
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> Self:
-        """Split a batch of ``tokens`` (batch, time + 1) with optional ``doc_ids`` and ``mask`` of the same shape.
+        """Split a batch of ``tokens`` (batch, time + 1) with optional ``doc_ids``, ``mask`` and ``labels`` like it.
+
+        Labels are what to predict in place of the tokens themselves, ``NOT_SCORED`` where nothing is.
 
         Raises:
-            ValueError: ``tokens`` is missing or holds no target.
+            ValueError: ``tokens`` is missing or holds no target, or ``labels`` has another shape.
         """
         tokens = batch.get("tokens")
         if tokens is None or tokens.dim() != 2 or tokens.shape[1] < 2:
@@ -41,11 +44,16 @@ class NextTokens:
                 f"batch['tokens'] has shape {shape}; it must be (batch, time + 1) with time >= 1: inputs are "
                 f"tokens[:, :-1], targets tokens[:, 1:]"
             )
-        mask, doc_ids = batch.get("mask"), batch.get("doc_ids")
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        counted = torch.ones_like(targets, dtype=torch.bool)
+        mask, doc_ids, labels = batch.get("mask"), batch.get("doc_ids"), batch.get("labels", tokens)
+        if labels.shape != tokens.shape:
+            raise ValueError(
+                f"batch['labels'] has shape {tuple(labels.shape)}, batch['tokens'] {tuple(tokens.shape)}; make them "
+                f"equal, with {NOT_SCORED} where nothing is predicted"
+            )
+        inputs, targets = tokens[:, :-1], labels[:, 1:]
+        counted = targets != NOT_SCORED
         if mask is not None:
-            counted = mask[:, :-1] & mask[:, 1:]
+            counted = counted & mask[:, :-1] & mask[:, 1:]
         if doc_ids is not None:
             counted = counted & (doc_ids[:, :-1] == doc_ids[:, 1:])
         return cls(
@@ -64,6 +72,14 @@ class NextTokens:
         """
         logits = logits if logits.dtype.itemsize >= 4 else logits.float()
         return F.cross_entropy(logits.flatten(0, 1), self.targets.flatten(), reduction="none").view_as(self.targets)
+
+    def hits(self, logits: Tensor) -> Tensor:
+        """Return where the target is the likeliest token, (batch, time) bool.
+
+        Args:
+            logits: (batch, time, vocabulary).
+        """
+        return logits.argmax(-1) == self.targets
 
     def mean(self, losses: Tensor) -> Tensor:
         """Return the mean over the counted targets, 0 if there are none."""

@@ -8,6 +8,7 @@ arguments, names of models.
 """
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -162,9 +163,40 @@ def results(page: Path) -> list[str]:
     return table(columns, rows)
 
 
+def reproduced(page: Path, name: str) -> list[str]:
+    """What the miniatures of a paper's claims measured: `scripts/reproduce.py NAME`."""
+    store = ROOT / "docs" / "results" / f"{name}.json"
+    if not store.exists():
+        return [f"Not measured yet: `python scripts/reproduce.py {name}` does."]
+    lines = []
+    for claim in json.loads(store.read_text(encoding="utf-8"))["claims"]:
+        heads = [head for head in claim["rows"][0] if head not in ("variant", "seconds")]
+        rows = [
+            [row["variant"], *(figure(row[head]) for head in heads), figure(row["seconds"], 0)] for row in claim["rows"]
+        ]
+        lines += [f"**{claim['statement']}.** {claim['test']}", "", *table(["", *heads, "seconds"], rows), ""]
+        lines += [
+            f"- {VERDICTS[check['held']]}: {check['statement']} (margin {figure(check['margin'])})"
+            for check in claim["checks"]
+        ]
+        machines = "; ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in claim["machines"])
+        seeds = sorted({row["seconds"]["seeds"] for row in claim["rows"]})
+        lines += ["", f"{' to '.join(map(str, seeds))} seeds; {machines}.", ""]
+    return lines[:-1]
+
+
 PARTS: Mapping[str, Callable[..., list[str]]] = {
-    part.__name__: part for part in (layers, models, card, choices, claims, recipes, results)
+    part.__name__: part for part in (layers, models, card, choices, claims, recipes, results, reproduced)
 }
+VERDICTS = {True: "Held", False: "**Did not hold**", None: "Not judged"}
+
+
+def figure(values: Mapping[str, float | None] | None, digits: int = 3) -> str:
+    """Write a mean with its standard deviation, where there is one."""
+    if values is None:
+        return "none"
+    text = f"{values['mean']:.{digits}f}"
+    return text if values["sd"] is None else f"{text} ± {values['sd']:.{digits}f}"
 
 
 def status(skips: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from memzoo.lit_modules.data.shards import Document, TokenCache
@@ -143,7 +143,7 @@ class RowSampler(DistributedSampler[int]):
 
     def __init__(
         self,
-        rows: PackedRows,
+        rows: PackedRows | ConcatDataset[Any],
         batch_size: int,
         *,
         num_replicas: int = 1,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from memzoo.arch import create_model
 from memzoo.lit_modules import CausalLMModule, TextData
-from memzoo.lit_modules.metrics import MeanTokenLoss, UnigramEntropy
-from memzoo.lit_modules.objective import NextTokens
+from memzoo.lit_modules.metrics import MeanTokenLoss, TokenAccuracy, UnigramEntropy
+from memzoo.lit_modules.objective import NOT_SCORED, NextTokens
 from memzoo.lit_modules.sharding import shard
 
 SIZES = {"vocab_size": 11, "dim": 16, "depth": 1}
@@ -90,6 +90,24 @@ def test_a_masked_token_is_neither_input_nor_target():
     assert NextTokens.of(batch).counted.tolist() == [[True, False, False, True]]
 
 
+def test_labels_are_predicted_in_place_of_the_tokens_where_there_are_any():
+    labels = torch.tensor([[5, NOT_SCORED, 7, 8, NOT_SCORED]])
+    batch = {"tokens": torch.ones(1, 5, dtype=torch.long), "labels": labels}
+    pieces = NextTokens.of(batch)
+    assert pieces.counted.tolist() == [[False, True, True, False]]
+    assert pieces.targets[pieces.counted].tolist() == [7, 8]
+    logits = torch.randn(1, 4, 11)
+    expected = -logits.log_softmax(-1)[0, [1, 2], [7, 8]].mean()
+    torch.testing.assert_close(pieces.mean(pieces.losses(logits)), expected)
+    mask = torch.tensor([[True, True, True, False, True]])
+    assert NextTokens.of(batch | {"mask": mask}).counted.tolist() == [[False, True, False, False]]
+
+
+def test_labels_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"batch\['labels'\] has shape \(2, 4\), batch\['tokens'\] \(2, 5\)"):
+        NextTokens.of({"tokens": tokens(2, 5), "labels": tokens(2, 4)})
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_of_packed_documents_is_that_of_the_documents_alone(name):
     lit, (a, b) = module(name), (tokens(1, 6, seed=1), tokens(1, 4, seed=2))
@@ -147,6 +165,9 @@ def test_validation_is_the_mean_over_tokens_of_uneven_batches():
     assert measured["val/loss"] == pytest.approx(mean, rel=1e-6)
     assert measured["val/perplexity"] == pytest.approx(math.exp(mean), rel=1e-6)
     assert measured["val/bits_per_byte"] == pytest.approx(mean / math.log(2) / 2, rel=1e-6)
+    with torch.no_grad():
+        hits = [(lit(b["tokens"][:, :-1])[0].argmax(-1) == b["tokens"][:, 1:]).flatten() for b in batches]
+    assert measured["val/accuracy"] == pytest.approx(torch.cat(hits).double().mean().item())
 
 
 def test_testing_measures_what_validation_measures():
@@ -179,6 +200,13 @@ def test_the_mean_loss_ignores_what_is_not_counted_even_if_it_is_not_a_number():
     metric = MeanTokenLoss()
     metric.update(torch.tensor([1.0, math.nan, 2.0]), torch.tensor([True, False, True]))
     assert metric.compute().item() == 1.5
+
+
+def test_accuracy_is_the_share_of_what_is_counted():
+    metric = TokenAccuracy()
+    metric.update(torch.tensor([True, True, False]), torch.tensor([True, False, True]))
+    metric.update(torch.tensor([[False, False]]), torch.tensor([[True, True]]))
+    assert metric.compute().item() == 0.25
 
 
 # Truncated backpropagation

@@ -4,10 +4,11 @@ import pytest
 import yaml
 
 from memzoo.lit_modules.cli import main
-from memzoo.recipes import list_recipes, read_reference, recipe_path, recipe_summary
+from memzoo.recipes import list_recipes, read_reference, recipe_path, recipe_summary, reference_path
 
 RECIPES = list_recipes()
 TINY = [name for name in RECIPES if name.endswith("tiny")]
+RECORDED = [name for name in TINY if reference_path(name).exists()]
 
 
 def read(name: str) -> dict:
@@ -15,7 +16,8 @@ def read(name: str) -> dict:
 
 
 def test_every_recipe_of_the_package_is_found():
-    assert RECIPES == ["titans/lmm_340m", "titans/lmm_tiny", "transformer/tiny"]
+    titans = [f"titans/{kind}_{size}" for kind in ("lmm", "mac", "mag", "mal") for size in ("340m", "tiny")]
+    assert [*titans, "transformer/tiny"] == RECIPES
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -45,15 +47,26 @@ def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
 
 
 def test_the_tiny_recipes_see_the_same_tokens_in_the_same_order():
-    one, other = (read(name) for name in TINY)
-    assert one["data"] == other["data"]
-    assert one["seed_everything"] == other["seed_everything"]
-    for key in ("max_steps", "max_epochs", "limit_val_batches", "gradient_clip_val", "val_check_interval"):
-        assert one["trainer"][key] == other["trainer"][key]
+    one, *others = (read(name) for name in TINY)
+    for other in others:
+        assert one["data"] == other["data"]
+        assert one["seed_everything"] == other["seed_everything"]
+        for key in ("max_steps", "max_epochs", "limit_val_batches", "gradient_clip_val", "val_check_interval"):
+            assert one["trainer"][key] == other["trainer"][key]
     assert one["trainer"]["max_steps"] % one["trainer"]["val_check_interval"] == 0, "the last state is validated"
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_a_header_cites_a_record_if_there_is_one(name):
+    cited = f"{name.rpartition('/')[2]}.reference.json, beside this file" in recipe_path(name).read_text()
+    assert cited == reference_path(name).exists()
+
+
+def test_what_others_are_compared_with_and_what_the_demo_trains_is_recorded():
+    assert {"transformer/tiny", "titans/lmm_tiny", "titans/mac_tiny"} <= set(RECORDED)
+
+
+@pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_outcome_is_of_the_recipe_as_it_is(name):
     recipe, outcome = read(name), read_reference(name)
     data, steps = recipe["data"]["init_args"], recipe["trainer"]["max_steps"]
@@ -64,8 +77,9 @@ def test_a_recorded_outcome_is_of_the_recipe_as_it_is(name):
     assert outcome["seconds"] < 180, "what the recipe's header promises"
 
 
-def test_the_paper_recipe_trains_on_batches_of_half_a_million_tokens():
-    recipe = read("titans/lmm_340m")
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("_340m")])
+def test_a_paper_recipe_trains_on_batches_of_half_a_million_tokens(name):
+    recipe = read(name)
     trainer, data = recipe["trainer"], recipe["data"]["init_args"]
     batch = data["batch_size"] * data["sequence_length"] * trainer["devices"] * trainer["accumulate_grad_batches"]
     assert batch == 2**19

@@ -1,0 +1,313 @@
+"""RecallData: multi-query associative recall (MQAR), the synthetic task on which memories are compared.
+
+Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models" (arXiv 2312.04927). A row shows
+key-value pairs, then asks for the value of every key, at distances drawn from a power law.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from memzoo.layers.errors import check_choice, check_divisible, check_positive
+from memzoo.lit_modules.data.rows import ResumableLoader, RowSampler
+from memzoo.lit_modules.objective import NOT_SCORED
+
+Filler = Literal["zero", "random"]
+Size = tuple[int, int]
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """Rows of multi-query associative recall.
+
+    A row begins with its pairs, ``key value key value ...``; then every key comes once more, in a place of its own
+    among filler, and is to be answered with its value, which is not shown:
+
+        tokens   2  8  4  7  0  0  4  0  0  0  2  0
+        targets                    7           8
+
+    Keys are drawn from the lower half of the vocabulary without 0, values from the upper half, both without repetition
+    within a row. Queries stand in every second place behind the pairs, the i-th of them (from 1) drawn with a weight of
+    ``i ** (power - 1)``, without repetition.
+
+    Args:
+        sequence_length: Inputs in a row.
+        num_pairs: Keys, and so queries, of an episode.
+        vocab_size: Token ids, keys and values together.
+        num_updates: Keys, drawn at random, that are bound once more behind the pairs, to a new value, which is then the
+            right one.
+        episode_length: Inputs of an episode: a row is as many as fit, one behind the other, each with pairs and queries
+            of its own. What was bound in one episode no longer holds in the next. All of the row by default.
+        min_gap: Tokens at least between the last pair and the first query. ``n`` layers of sliding-window attention see
+            no pair from a query if ``n * (window - 1) <= min_gap``.
+        power: Exponent of the queries' places; small is near the pairs, 1 is uniform.
+        filler: What stands in all other places: "zero", token 0, or "random", tokens drawn from all of the vocabulary,
+            keys and values among them.
+
+    Raises:
+        ValueError: An argument is out of range, or the episode or the vocabulary is too small for the pairs.
+    """
+
+    sequence_length: int = 64
+    num_pairs: int = 4
+    vocab_size: int = 8192
+    num_updates: int = 0
+    episode_length: int | None = None
+    min_gap: int = 0
+    power: float = 0.01
+    filler: Filler = "zero"
+
+    def __post_init__(self) -> None:
+        check_positive("num_pairs", self.num_pairs)
+        check_positive("vocab_size", self.vocab_size)
+        check_positive("sequence_length", self.sequence_length)
+        if self.episode_length is not None:
+            check_divisible("sequence_length", self.sequence_length, "episode_length", self.episode_length)
+        check_choice("filler", self.filler, ("zero", "random"))
+        if not 0 <= self.num_updates <= self.num_pairs:
+            raise ValueError(
+                f"num_updates={self.num_updates} is not within [0, num_pairs={self.num_pairs}]; a key is updated once"
+            )
+        if self.min_gap < 0:
+            raise ValueError(f"min_gap={self.min_gap} is negative; use 0 for queries right behind the pairs")
+        if not 0 < self.power < math.inf:
+            raise ValueError(f"power={self.power} is not positive and finite; use 0.01, or 1.0 for uniform places")
+        pairs = f"num_pairs={self.num_pairs} and num_updates={self.num_updates}"
+        if (length := self._episode_length) < (least := self._first_query + 2 * self.num_pairs):
+            name = "sequence_length" if self.episode_length is None else "episode_length"
+            raise ValueError(
+                f"{name}={length} is too short for {pairs} with min_gap={self.min_gap}; use at least {least}: the gap, "
+                f"and two tokens for each pair, update and query"
+            )
+        if self.vocab_size < (least := 2 * max(self.num_pairs + 1, self.num_pairs + self.num_updates)):
+            raise ValueError(
+                f"vocab_size={self.vocab_size} has too few keys or values for {pairs}; use at least {least}"
+            )
+
+    def rows(self, num_rows: int, seed: int | Sequence[int]) -> dict[str, Tensor]:
+        """Draw rows; every seed, a number or a sequence of them, gives its own.
+
+        Returns:
+            ``tokens`` and ``labels``, each (num_rows, sequence_length + 1) int64, as ``NextTokens`` takes them: the
+            answer to ``tokens[:, t]`` is ``labels[:, t + 1]``, and all other labels are ``NOT_SCORED``.
+        """
+        rng = np.random.default_rng(seed)
+        episodes = num_rows * (self.sequence_length // self._episode_length)
+        num_keys = self.vocab_size // 2
+        keys = 1 + _draw(rng, episodes, np.ones(num_keys - 1), self.num_pairs)
+        values = num_keys + _draw(rng, episodes, np.ones(self.vocab_size - num_keys), self.num_pairs + self.num_updates)
+        updated = _draw(rng, episodes, np.ones(self.num_pairs), self.num_updates)
+        places = np.arange(1, 1 + (self._episode_length - self._first_query) // 2)
+        queries = self._first_query + 2 * _draw(rng, episodes, places ** (self.power - 1.0), self.num_pairs)
+
+        shape, bound = (episodes, self._episode_length), 2 * (self.num_pairs + self.num_updates)
+        tokens = torch.from_numpy(rng.integers(self.vocab_size if self.filler == "random" else 1, size=shape))
+        tokens[:, 0:bound:2] = torch.cat([keys, keys.gather(1, updated)], 1)
+        tokens[:, 1:bound:2] = values
+        tokens.scatter_(1, queries, keys)
+        answers = values[:, : self.num_pairs].scatter(1, updated, values[:, self.num_pairs :])
+        targets = torch.full(shape, NOT_SCORED).scatter_(1, queries, answers)
+        edge = torch.zeros(num_rows, 1, dtype=torch.long)
+        return {
+            "tokens": torch.cat([tokens.view(num_rows, -1), edge], 1),
+            "labels": torch.cat([edge + NOT_SCORED, targets.view(num_rows, -1)], 1),
+        }
+
+    @property
+    def num_queries(self) -> int:
+        """Queries of a row."""
+        return self.num_pairs * (self.sequence_length // self._episode_length)
+
+    @property
+    def _episode_length(self) -> int:
+        return self.sequence_length if self.episode_length is None else self.episode_length
+
+    @property
+    def _first_query(self) -> int:
+        return 2 * (self.num_pairs + self.num_updates) + self.min_gap
+
+
+def _draw(rng: np.random.Generator, num_rows: int, weights: np.ndarray, count: int) -> Tensor:
+    """Draw ``count`` numbers below ``len(weights)`` a row, one after another by weight, none twice: (num_rows, count).
+
+    Of exponential clocks with these rates, the order in which the first ones ring is such a draw.
+    """
+    clocks = rng.standard_exponential((num_rows, len(weights)), dtype=np.float32) / weights.astype(np.float32)
+    return torch.from_numpy(clocks).topk(count, largest=False).indices
+
+
+class RecallBatches(Dataset[dict[str, Tensor]]):
+    """Batches of one task, each drawn when it is asked for, from the seed and its own number alone.
+
+    Args:
+        task: What to draw.
+        num_rows: Rows in all; the last batch may have fewer than the others.
+        batch_size: Rows of a batch.
+        seed: Numbers that no other data set has.
+    """
+
+    def __init__(self, task: RecallTask, num_rows: int, batch_size: int, seed: Sequence[int]) -> None:
+        self.task = task
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.seed = tuple(seed)
+
+    def __len__(self) -> int:
+        return -(-self.num_rows // self.batch_size)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        rows = min(self.batch_size, self.num_rows - index * self.batch_size)
+        return self.task.rows(rows, (*self.seed, index))
+
+
+class RecallData(pl.LightningDataModule):
+    """Multi-query associative recall (MQAR): pairs of key and value, then every key again, to be answered.
+
+    ``RecallTask`` says what a row is. The defaults are Zoology's figure 2, whose further sizes are (128, 8) and
+    (256, 16); its mixture, on which newer layers are compared, is
+
+        RecallData(
+            train_sizes=[(64, 4), (128, 8), (256, 16), (256, 32), (256, 64)],
+            train_rows=[100_000, 20_000, 20_000, 20_000, 20_000],
+            val_sizes=[(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)],
+            val_rows=1000, filler="random", batch_size=256,
+        )
+
+    Validation sizes longer than those of training show whether what was learned holds beyond the trained length.
+
+    Args:
+        train_sizes: Pairs of a sequence length and a number of key-value pairs. A batch is of one size; the batches of
+            the sizes are mixed.
+        val_sizes: Sizes to validate, test and predict on, each with a loader of its own, named ``LENGTHxPAIRS``. Those
+            of training by default.
+        vocab_size: Token ids, keys and values together.
+        num_updates: As in ``RecallTask``, and so up to ``filler``.
+        episode_length: Inputs of an episode.
+        min_gap: Tokens at least between the last pair and the first query: what puts pairs beyond a window.
+        power: Exponent of the queries' places.
+        filler: "zero" or "random".
+        train_rows: Rows of an epoch for each size, or one number for all.
+        val_rows: Rows of each validation size; testing has as many others.
+        batch_size: Rows in a batch of one device.
+        num_workers: Worker processes of each loader; 0 draws in the main process.
+        seed: Of all rows and their order. The splits are drawn from different seeds.
+
+    Shape:
+        A batch is a dict of ``tokens`` and ``labels``, each (batch, sequence_length + 1) int64. Inputs are
+        ``tokens[:, :-1]``; targets are ``labels[:, 1:]``, with ``NOT_SCORED`` where nothing is asked.
+
+    Raises:
+        ValueError: An argument is out of range, or a size has too many pairs for its length.
+
+    Reference:
+        HazyResearch/zoology: zoology/data/multiquery_ar.py, and forgetting_mqar.py for ``num_updates`` (there, the new
+        value may be that of another key).
+    """
+
+    def __init__(
+        self,
+        train_sizes: Sequence[Size] = ((64, 4),),
+        val_sizes: Sequence[Size] | None = None,
+        *,
+        vocab_size: int = 8192,
+        num_updates: int = 0,
+        episode_length: int | None = None,
+        min_gap: int = 0,
+        power: float = 0.01,
+        filler: Filler = "zero",
+        train_rows: int | Sequence[int] = 100_000,
+        val_rows: int = 3_000,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = dict(
+            vocab_size=vocab_size,
+            num_updates=num_updates,
+            episode_length=episode_length,
+            min_gap=min_gap,
+            power=power,
+            filler=filler,
+        )
+        train_rows = [train_rows] * len(train_sizes) if isinstance(train_rows, int) else list(train_rows)
+        if len(train_rows) != len(train_sizes):
+            raise ValueError(
+                f"train_rows={train_rows} does not match {len(train_sizes)} train_sizes; use a number for each, or one "
+                f"for all"
+            )
+        for count in train_rows:
+            check_positive("train_rows", count)
+        check_positive("val_rows", val_rows)
+        check_positive("batch_size", batch_size)
+        for name, value in (("num_workers", num_workers), ("seed", seed)):
+            if value < 0:
+                raise ValueError(f"{name}={value} is negative; use a whole number >= 0")
+        self.save_hyperparameters(logger=False)
+        self.train_tasks = _tasks("train_sizes", train_sizes, options)
+        self.val_tasks = self.train_tasks if val_sizes is None else _tasks("val_sizes", val_sizes, options)
+        self.train_rows = train_rows
+        self.val_rows = val_rows
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.vocab_size = vocab_size
+        self.seed = seed
+
+    def batches(self, split: str, task: RecallTask, num_rows: int) -> RecallBatches:
+        """Return the batches of a task in a split: "train", "val" or "test"."""
+        seed = (self.seed, SPLITS.index(split), task.sequence_length, task.num_pairs)
+        return RecallBatches(task, num_rows, self.batch_size, seed)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the loader of the training rows. In a plain loop, call ``loader.sampler.set_epoch(epoch)``."""
+        counted = zip(self.train_tasks.values(), self.train_rows, strict=True)
+        batches: ConcatDataset[dict[str, Tensor]] = ConcatDataset([self.batches("train", *pair) for pair in counted])
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return DataLoader(batches, **self._loader_options())
+        share = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        sampler = RowSampler(batches, 1, seed=self.seed, **share)
+        return ResumableLoader(batches, sampler=sampler, **self._loader_options())
+
+    def val_dataloader(self) -> dict[str, DataLoader[dict[str, Tensor]]]:
+        """Return the loaders of the validation rows, by size."""
+        return self._loaders("val")
+
+    def test_dataloader(self) -> dict[str, DataLoader[dict[str, Tensor]]]:
+        """Return the loaders of the test rows, by size."""
+        return self._loaders("test")
+
+    def predict_dataloader(self) -> dict[str, DataLoader[dict[str, Tensor]]]:
+        """Return the loaders of the test rows, by size."""
+        return self._loaders("test")
+
+    def _loaders(self, split: str) -> dict[str, DataLoader[dict[str, Tensor]]]:
+        return {
+            name: DataLoader(self.batches(split, task, self.val_rows), **self._loader_options())
+            for name, task in self.val_tasks.items()
+        }
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "batch_size": None,  # what is loaded is a batch already
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+
+def _tasks(argument: str, sizes: Sequence[Size], options: dict[str, Any]) -> dict[str, RecallTask]:
+    """Return the task of every size, by name."""
+    tasks = {f"{length}x{pairs}": RecallTask(length, pairs, **options) for length, pairs in sizes}
+    if not tasks or len(tasks) < len(sizes):
+        raise ValueError(f"{argument}={sizes} names no size, or one twice; use one or several, each once")
+    return tasks

@@ -1,0 +1,68 @@
+"""Train small models on associative recall: the plain loop that claim sets share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from memzoo.lit_modules.data import RecallTask
+from memzoo.lit_modules.objective import NextTokens
+from memzoo.lit_modules.optim import parameter_groups
+from memzoo.lit_modules.schedule import make_scheduler
+
+EMBEDDING_STD = 0.2
+WARMUP_STEPS = 50
+WEIGHT_DECAY = 0.1
+CURRICULUM = 0.5  # share of the steps after which all tasks are in use
+TRAIN, TEST = 0, 1  # first number of the rows' seeds
+
+
+def widen(model: nn.Module) -> None:
+    """Draw what the catalog draws with a standard deviation of 0.02 as wide as a narrow model needs it.
+
+    Projections get a variance of 1 / fan-in, as 0.02 gives them at a width of 2500. Values that are 20 times
+    too small hardly show beside what a memory of another initial scale answers anyway, and learning starts late.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.bias is None:
+                module.weight.mul_(module.in_features**-0.5 / 0.02)
+            elif isinstance(module, nn.Embedding):
+                module.weight.mul_(EMBEDDING_STD / 0.02)
+
+
+def train(
+    model: nn.Module, tasks: Sequence[RecallTask], *, steps: int, tokens: int, learning_rate: float, seed: int
+) -> None:
+    """Train on tasks in turn; the later ones, harder, join in one after another.
+
+    Args:
+        model: With the interface of ``CausalLM``.
+        tasks: From easy to hard. Without the easy ones, small models do not find out what is asked.
+        steps: Optimiser steps: AdamW, 50 of warm-up, then a cosine.
+        tokens: Of a batch, about.
+        learning_rate: At its peak.
+        seed: Of the rows.
+    """
+    optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=learning_rate, betas=(0.9, 0.95))
+    scheduler = make_scheduler(optimizer, "cosine", warmup_steps=WARMUP_STEPS, max_steps=steps)
+    for step in range(steps):
+        in_use = min(len(tasks), 1 + int(len(tasks) * step / (CURRICULUM * steps)))
+        task = tasks[step % in_use]
+        batch = NextTokens.of(task.rows(max(1, tokens // task.sequence_length), (seed, TRAIN, step)))
+        logits, _ = model(batch.inputs)
+        loss = F.cross_entropy(logits[batch.counted], batch.targets[batch.counted])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, task: RecallTask, *, answers: int, seed: int) -> float:
+    """Return the share of about so many queries that a model answers rightly, in rows it was not trained on."""
+    batch = NextTokens.of(task.rows(max(1, answers // task.num_queries), (seed, TEST)))
+    logits, _ = model(batch.inputs)
+    return float(batch.hits(logits)[batch.counted].double().mean())
