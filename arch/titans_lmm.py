@@ -185,7 +185,7 @@ ONLINE_CARD = replace(
     choices={
         **LMM_CARD.choices,
         "memory_depth": "1: the memory is a matrix",
-        "chunk_size": "1: no two tokens share a gradient base; blocks of 64 tokens are solved at once, exactly",
+        "chunk_size": "1: no two tokens share a gradient base; 32 tokens are solved at once, exactly but for rounding",
         "decay_to_init": "off: forgetting decays to zero, which is no dead point of a matrix",
         "max_gradient_norm": "off: a limit would need the errors one after the other",
         "max_learning_rate": "1: for keys of unit length any step up to (2 - alpha) (1 + eta) is stable",

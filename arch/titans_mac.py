@@ -31,6 +31,7 @@ MAC_CARD = ModelCard(
         "residual": "off: the memory is written with attention's output alone, as printed; on in titans_mac_tiny",
         **IN_LAYERS,
         **memory_choices(),
+        "memory.chunk_size": "64 tokens, or a segment if that is shorter, share the weights of their gradients",
     },
     claims=(
         Claim("better recall beyond the window than attention alone"),

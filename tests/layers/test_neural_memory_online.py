@@ -414,3 +414,14 @@ def test_a_trace_that_wants_no_signals_gets_none():
 def test_bad_arguments_are_refused_by_name(bad, message):
     with pytest.raises(ValueError, match=message):
         neural_memory_online(**linear_case(time=4) | {"anchor": None, "momentum": None} | bad)
+
+
+def test_20_float32_stays_near_float64_where_keys_repeat_under_long_momentum() -> None:
+    draw = torch.Generator().manual_seed(0)
+    one, noise, v = (torch.randn(1, time, 1, 16, generator=draw) for time in (1, 256, 256))
+    k = torch.nn.functional.normalize(one + 0.1 * noise, dim=-1)
+    gate = torch.ones(1, 256, 1)
+    arguments = (k, k, v, gate, 0.99 * gate, 0.01 * gate, (torch.zeros(1, 1, 16, 16),))
+    y, _, _ = neural_memory_online(*arguments)
+    exact, _, _ = neural_memory_online(*tree_map(lambda x: x.double(), arguments))
+    assert (y - exact).norm() < 1e-3 * exact.norm()
