@@ -150,7 +150,7 @@ RECALL = Claim(
     test="Two blocks of width 64 with windows or segments of 8 tokens, about 120k parameters each, on associative "
     "recall. Within: 2 pairs, right before their queries. Beyond: 8 pairs, 16 tokens of filler, queries: out of reach "
     "of two windows; trained so, and tested with rows and gaps of twice and four times the length too. Accuracy of the "
-    "answers; chance is 1/16.",
+    "answers, 1/16 by chance. MAC writes the sum of the token and what attention makes of it (`residual`).",
     variants={
         "window alone": windowed("attention", window=WINDOW, hidden_dim=224),
         "MAC": windowed("mac", segment_size=WINDOW, residual=True, **WITH_MEMORY),
