@@ -23,7 +23,7 @@ MAC_CARD = ModelCard(
     choices={
         "layout": "x + MemoryAsContext(RMSNorm x), then x + SwiGLU(RMSNorm x); segments are linked by the memory alone",
         "sizes": "depth and width of Gated DeltaNet's 170M, 340M and 760M models; the paper gives none",
-        "segment_size": "64 tokens",
+        "segment_size": "64 tokens; chunks of the memory are no longer, unless the memory option says so",
         "gate": "attention times sigmoid of the memory, both RMS-normalised; then a projection",
         "literal": "off: h and the last read are masked, no token sees its future; on for the printed form",
         "retrieved_positions": "a retrieved token has the position of the token that asked for it",
@@ -31,7 +31,6 @@ MAC_CARD = ModelCard(
         "residual": "off: the memory is written with attention's output alone, as printed; on in titans_mac_tiny",
         **IN_LAYERS,
         **memory_choices(),
-        "memory.chunk_size": "64 tokens, or a segment if that is shorter, share the weights of their gradients",
     },
     claims=(
         Claim("better recall beyond the window than attention alone"),
