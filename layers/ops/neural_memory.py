@@ -166,7 +166,7 @@ def neural_memory_scan(
     batch, time, heads, _ = q.shape
     dtype = working_dtype(q, theta, alpha, weights[0])
     q, k, v, theta = blank_behind(lengths, q, k, v, theta)  # the tables take no other gate from there
-    if time == 1 and not torch.is_grad_enabled():
+    if time == 1 and isinstance(position, Tensor) and not torch.is_grad_enabled():  # generation
         y, error, new_weights, new_momentum, last_base = neural_memory_step(
             q, k, v, theta, eta, alpha, weights, momentum,
             chunk_size=chunk_size, activation=activation, loss_scale=loss_scale, read=read, position=position,

@@ -246,6 +246,17 @@ class HasADeadParameter(ExponentialAverage):
         return y + 0 * self.dead, end
 
 
+@fails("every_parameter_takes_part_in_a_call_that_goes_on")
+class HasAParameterForBeginnings(ExponentialAverage):
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.start = nn.Parameter(torch.ones(dim))
+
+    def mix(self, x, state, **options):
+        y, end = super().mix(x, state, **options)
+        return (y + self.start, end) if state is None else (y, end)
+
+
 @fails("the_gradient_is_the_derivative")
 class HasAWrongGradient(ExponentialAverage):
     def mix(self, x, state, **options):
