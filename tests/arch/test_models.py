@@ -3,6 +3,7 @@
 The golden files change only on purpose: ``python tests/arch/test_models.py`` writes them again.
 """
 
+import importlib
 import inspect
 import json
 from pathlib import Path
@@ -12,7 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from memzoo.arch import TitansLMM, Transformer, create_model, list_models, part_sizes, titans_lmm, transformer
+from memzoo.arch import (
+    TitansLMM,
+    Transformer,
+    create_model,
+    list_models,
+    model_entry,
+    part_sizes,
+    titans_lmm,
+    transformer,
+)
 from memzoo.layers.attention import SlidingWindowAttention
 from memzoo.layers.neural_memory import NeuralMemory
 
@@ -202,6 +212,38 @@ def test_options_arrive_at_the_layers(
     assert calls == [{"dim": 128, **given}] * 2
     assert model.blocks[0].ffn.down.in_features == 24
     assert model.checkpoint_blocks
+
+
+MEMORY = {"chunk_size": 8, "momentum": False}
+PLACED = {"num_persistent_tokens": 3, "num_heads": 4, "head_dim": 16, "rotary_base": None, "qk_norm": True}
+OWN = {
+    "titans_mac": {
+        "segment_size": 8, "gate": "convex", "literal": True, "retrieved_positions": False, "shared_query": False,
+        "residual": True,
+    },
+    "titans_mag": {"window": 8, "gate": "convex", "num_kv_heads": 2},
+    "titans_mal": {"window": 8, "num_kv_heads": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layer"), zip(OWN, ("MemoryAsContext", "MemoryAsGate", "MemoryAsLayer"), strict=True))
+def test_options_of_attention_and_memory_arrive_at_the_layer(
+    name: str, layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, calls = importlib.import_module(f"memzoo.arch.{name}"), []
+    mixer, given = getattr(module, layer), PLACED | OWN[name] | {"memory": MEMORY}
+    architecture = model_entry(f"{name}_tiny").architecture
+    taken, offered = (inspect.signature(cls).parameters for cls in (mixer, architecture))
+    assert taken.keys() - {"dim", "backend"} == given.keys()
+    assert all(offered[option].default == taken[option].default for option in given)
+
+    def build(dim: int, **options: Any) -> nn.Module:
+        calls.append({"dim": dim, **options})
+        return mixer(dim)
+
+    monkeypatch.setattr(module, layer, build)
+    architecture(256, 128, 2, **given)
+    assert calls == [{"dim": 128, **given}] * 2
 
 
 def test_a_window_makes_the_baseline_s_state_constant() -> None:
