@@ -47,9 +47,7 @@ def table(case: Case, rows: list[Row]) -> list[str]:
     if case.note:
         lines.append(case.note)
     if any(row["flops"] for row in rows) and not any(row["product_seconds"] for row in rows):
-        lines.append(
-            "Measured by earlier versions of memory and script; peaks then included lazy imports."
-        )
+        lines.append("Measured by earlier versions of memory and script; peaks then included lazy imports.")
     lines += ["", f"| {' | '.join(cells)} |", f"|---|{'---:|' * (len(cells) - 1)}"]
     lines += [f"| {' | '.join(line)} |" for line in zip(*cells.values(), strict=True)]
     found = verdicts(case, rows)
