@@ -1,0 +1,101 @@
+"""Sequences of any lengths, laid out as whole chunks that a scan over chunks can walk without gathering."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SegmentGrid:
+    """Where each token sits once sequences are cut into chunks of one size.
+
+    Chunks are ordered by their place in the sequence, and within it by the length of the sequence, longest first. So
+    chunk ``j`` of all sequences that have one is a slice of the chunks, and those sequences are the first of their
+    order: a scan takes slices, and its batch shrinks as sequences end. A sequence is padded to whole chunks, no more.
+
+    Attributes:
+        size: Tokens of a chunk.
+        active: For every step of the scan, how many sequences have a chunk left.
+        order: (sequences,) the sequences, longest first; for rows of equal length, as they come.
+        place: (sequences,) where each of them is in that order.
+        source: (chunks * heads * size,) row of the flattened (tokens * heads) that every slot holds; row 0 where none
+            does. None for rows of equal length, which are only reshaped.
+        slot: (tokens * heads,) slot of every row, likewise.
+        real: (chunks, 1, size, 1) bool, slots that hold a token; None if all do.
+    """
+
+    size: int
+    active: tuple[int, ...]
+    order: Tensor
+    place: Tensor
+    source: Tensor | None
+    slot: Tensor | None
+    real: Tensor | None
+
+    @staticmethod
+    def of_rows(batch: int, time: int, size: int, device: torch.device) -> "SegmentGrid":
+        """Lay out ``batch`` rows of ``time`` tokens each."""
+        steps = -(-time // size)
+        real = None
+        if steps * size != time:
+            held = torch.arange(steps * size, device=device) < time
+            real = held.view(steps, 1, 1, size, 1).expand(-1, batch, -1, -1, -1).flatten(0, 1)
+        order = torch.arange(batch, device=device)
+        return SegmentGrid(size, (batch,) * steps, order, order, None, None, real)
+
+    @staticmethod
+    def of_segments(lengths: Sequence[int], heads: int, size: int, device: torch.device) -> "SegmentGrid":
+        """Lay out segments, at least one, that follow one another in one row; none is empty."""
+        length = torch.tensor(lengths, dtype=torch.long)
+        order = torch.argsort(length, descending=True, stable=True)
+        count = -(-length // size)  # chunks of each segment
+        steps = int(count.max())
+        active = [int((count > j).sum()) for j in range(steps)]
+        first = torch.tensor([0, *active]).cumsum(0)[:-1]  # first chunk of every step
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+
+        begin = length.cumsum(0) - length
+        segment = torch.repeat_interleave(torch.arange(len(order)), length)
+        within = torch.arange(int(length.sum())) - begin[segment]
+        chunk = first[within // size] + place[segment]
+        head = torch.arange(heads)
+        slot = (chunk[:, None] * heads + head) * size + (within % size)[:, None]
+        chunks = sum(active)
+        source = torch.zeros(chunks * heads * size, dtype=torch.long)
+        source[slot.flatten()] = torch.arange(slot.numel())
+        real = torch.zeros(chunks, 1, size, 1, dtype=torch.bool)
+        real[chunk, 0, within % size] = True
+        parts = (t.to(device, non_blocking=True) for t in (order, place, source, slot.flatten(), real))
+        return SegmentGrid(size, tuple(active), *parts)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """(batch, time, heads, d) -> (chunks, heads, size, d); anything at slots without a token."""
+        batch, time, heads, width = x.shape
+        if self.source is not None:
+            return x.reshape(-1, width).index_select(0, self.source).view(-1, heads, self.size, width)
+        steps = len(self.active)
+        if (missing := steps * self.size - time) > 0:
+            x = torch.cat([x, x.new_zeros(batch, missing, heads, width)], dim=1)
+        x = x.view(batch, steps, self.size, heads, width).permute(1, 0, 3, 2, 4)
+        return x.reshape(-1, heads, self.size, width).contiguous()
+
+    def join(self, y: Tensor, batch: int, time: int) -> Tensor:
+        """(chunks, heads, size, d) -> (batch, time, heads, d)."""
+        _, heads, _, width = y.shape
+        if self.slot is not None:
+            return y.reshape(-1, width).index_select(0, self.slot).view(batch, time, heads, width)
+        y = y.view(-1, batch, heads, self.size, width).permute(1, 0, 3, 2, 4)
+        return y.reshape(batch, -1, heads, width)[:, :time]
+
+    def blank(self, x: Tensor) -> Tensor:
+        """(chunks, heads, size, d) -> the same with zeros at slots without a token."""
+        return x if self.real is None else x.masked_fill(~self.real, 0)
+
+
+def slices(active: tuple[int, ...]) -> list[slice]:
+    """Return the chunks of every step of the scan."""
+    return [slice(end - count, end) for count, end in zip(active, accumulate(active), strict=True)]
