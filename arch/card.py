@@ -46,6 +46,7 @@ class ModelCard:
         choices: What the paper leaves open -> what was chosen. The key is the argument, where there is one.
         claims: What the paper claims.
         state_size: Whether the state is constant in the length of the context or grows with it.
+        routed: Whether the data decides the shape of products, as in ``LayerEntry``.
         skips: Contract tests the architecture does not keep, each with the reason.
     """
 
@@ -59,6 +60,7 @@ class ModelCard:
     choices: Mapping[str, str] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
     state_size: StateSize = "constant"
+    routed: bool = False
     skips: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str]]:

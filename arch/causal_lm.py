@@ -279,8 +279,5 @@ def _checkpointed(
 
     y, end, own = checkpoint(run, x, state, use_reentrant=False)
     if trace is not None and own is not None:
-        for name, loss in own.losses.items():
-            trace.loss(name, loss)
-        for name, signal in own.signals.items():
-            trace.signal(name, signal)
+        trace.merge(own)
     return y, end

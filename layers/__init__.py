@@ -1,27 +1,46 @@
 """Neural memories and the plain parts they need, as `torch.nn` modules."""
 
 from memzoo.layers.attention import Attention, SlidingWindowAttention
+from memzoo.layers.deltanet import DeltaNet
 from memzoo.layers.feedforward import SwiGLU
+from memzoo.layers.gated_deltanet import GatedDeltaNet
+from memzoo.layers.gated_linear_attention import GatedLinearAttention
+from memzoo.layers.kimi_delta_attention import KimiDeltaAttention
+from memzoo.layers.linear_attention import LinearAttention
+from memzoo.layers.matrix_memory import MatrixMemory, MatrixMemoryState
+from memzoo.layers.matrix_rule import MatrixRule
+from memzoo.layers.matrix_rules import MATRIX_RULES
 from memzoo.layers.memory_as_context import MemoryAsContext, MemoryAsContextState
 from memzoo.layers.memory_as_gate import MemoryAsGate, MemoryAsGateState
 from memzoo.layers.memory_as_layer import MemoryAsLayer, MemoryAsLayerState
 from memzoo.layers.memory_family import delta_memory, longhorn, ttt_linear, ttt_mlp
 from memzoo.layers.memory_gate import MemoryGate
 from memzoo.layers.mixer import SequenceMixer
+from memzoo.layers.mixture_of_memories import MixtureOfMemories, MixtureOfMemoriesState
 from memzoo.layers.neural_memory import NeuralMemory, NeuralMemoryState
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.attention import AttentionState
 from memzoo.layers.persistent_memory import PersistentMemory
 from memzoo.layers.registry import LayerEntry, create_layer, layer_entry, list_layers, register_layer
+from memzoo.layers.retnet import RetNet
 from memzoo.layers.rotary import Rotary
 from memzoo.layers.short_conv import ShortConv, ShortConvState
 from memzoo.layers.state import MixerState, State
 from memzoo.layers.trace import Trace
 
 __all__ = [
+    "MATRIX_RULES",
     "Attention",
     "AttentionState",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "KimiDeltaAttention",
     "LayerEntry",
+    "LinearAttention",
+    "MatrixMemory",
+    "MatrixMemoryState",
+    "MatrixRule",
     "MemoryAsContext",
     "MemoryAsContextState",
     "MemoryAsGate",
@@ -30,10 +49,13 @@ __all__ = [
     "MemoryAsLayerState",
     "MemoryGate",
     "MixerState",
+    "MixtureOfMemories",
+    "MixtureOfMemoriesState",
     "NeuralMemory",
     "NeuralMemoryState",
     "PersistentMemory",
     "RMSNorm",
+    "RetNet",
     "Rotary",
     "SequenceMixer",
     "ShortConv",

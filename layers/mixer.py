@@ -32,6 +32,9 @@ class SequenceMixer(nn.Module, ABC):
     reads_residual: ClassVar[bool] = False
     """Whether ``x`` is to be the residual stream as it is: the mixer norms it itself. ``Block`` then puts no norm."""
 
+    native_segments: ClassVar[bool] = False
+    """Whether ``mix`` takes ``cu_seqlens``. Documents then come to it end to end, instead of in padded rows."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
@@ -53,6 +56,10 @@ class SequenceMixer(nn.Module, ABC):
         self, x: Tensor, state: MixerState | None, *, lengths: Tensor | None, trace: Trace | None, donate: bool
     ) -> tuple[Tensor, Any]:
         """Mix rows that begin at the left.
+
+        With ``native_segments``, ``mix`` takes one more keyword, ``cu_seqlens: Tensor | None = None``: (rows + 1,)
+        integers, the borders of rows that lie end to end in an ``x`` of batch 1. ``state`` then has a row for each of
+        them, also for those of no token, and ``lengths`` is None.
 
         Args:
             x: (batch, time, dim).
@@ -109,7 +116,8 @@ class SequenceMixer(nn.Module, ABC):
                 f"use state.reorder(index) to match them, or state=None to start afresh"
             )
         if doc_ids is not None:
-            return self._mix_ragged(x, state, split_documents(doc_ids.long(), mask), trace, has_documents=True)
+            rows = split_documents(doc_ids.long(), mask, end_to_end=self.native_segments)
+            return self._mix_ragged(x, state, rows, trace, has_documents=True)
         if mask is not None:
             return self._mix_ragged(x, state, left_align(mask), trace, has_documents=False)
         return self.mix(x, state, lengths=None, trace=trace, donate=donate)
@@ -123,7 +131,10 @@ class SequenceMixer(nn.Module, ABC):
             start = state.reorder(rows.owner)
             same = (start.document == rows.document) | (rows.lengths == 0)
             start = start.reset(~(rows.first_document & same))
-        y, end = self.mix(rows.gather(x), start, lengths=rows.lengths, trace=own, donate=False)
+        options: dict[str, Any] = {"lengths": rows.lengths, "trace": own, "donate": False}
+        if rows.cu_seqlens is not None:
+            options |= {"lengths": None, "cu_seqlens": rows.cu_seqlens}
+        y, end = self.mix(rows.gather(x), start, **options)
         end = end.reset(end.position == 0)  # a row that has seen no token is fresh, and fresh is zero
         if has_documents:
             end = end.reorder(rows.last)
@@ -153,9 +164,13 @@ def check_grid(name: str, grid: Tensor | None, x: Tensor, *, boolean: bool) -> N
         raise ValueError(f"{name} has dtype {grid.dtype}; document ids are integers: use {name}.long()")
 
 
-def counters(state: MixerState | None, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (position before, position after, document), each (batch,) int64, for a call on ``x``."""
+def counters(
+    state: MixerState | None, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (position before, position after, document), each (rows,) int64, for a call of ``mix``."""
     batch, time = x.shape[:2]
+    if cu_seqlens is not None:
+        lengths, batch = cu_seqlens.diff(), len(cu_seqlens) - 1
     if state is None:
         before = torch.zeros(batch, dtype=torch.long, device=x.device)
         document = torch.zeros(batch, dtype=torch.long, device=x.device)
@@ -166,8 +181,9 @@ def counters(state: MixerState | None, x: Tensor, lengths: Tensor | None) -> tup
 
 def _report(own: Trace, trace: Trace, rows: Ragged) -> None:
     """Hand on what a layer reported on unpacked rows, per-token signals put back in their places."""
-    for name, loss in own.losses.items():
-        trace.loss(name, loss)
-    for name, signal in own.signals.items():
+
+    def in_place(signal: Tensor) -> Tensor:
         per_token = signal.shape[:2] == rows.index.shape
-        trace.signal(name, rows.scatter(signal) if per_token else signal)
+        return rows.scatter(signal) if per_token else signal
+
+    trace.merge(own, in_place)

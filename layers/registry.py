@@ -23,6 +23,9 @@ class LayerEntry:
         build: ``build(dim, **overrides)``, a layer of width ``dim`` small enough to test in float64.
         state_size: Whether its state is constant in the length of the context or grows with it.
         compiles: Whether ``torch.compile(fullgraph=True)`` is promised.
+        routed: Whether the data decides the shape of its products. What does not depend on each other (the past on the
+            future, a row on the others) is then equal to 1e-12 in float64 and not to the last bit: a product of another
+            shape may add up in another order.
         skips: Contract tests it does not keep, each with the reason, which the model card repeats.
     """
 
@@ -31,6 +34,7 @@ class LayerEntry:
     build: Callable[..., nn.Module]
     state_size: StateSize = "constant"
     compiles: bool = True
+    routed: bool = False
     skips: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -43,6 +47,7 @@ def register_layer(
     *,
     state_size: StateSize = "constant",
     compiles: bool = True,
+    routed: bool = False,
     skips: Mapping[str, str] | None = None,
 ) -> Callable[[Factory], Factory]:
     """Register the factory below it, a function ``build(dim, **overrides)`` with small defaults.
@@ -54,7 +59,7 @@ def register_layer(
     def register(build: Factory) -> Factory:
         if name in _ENTRIES:
             raise ValueError(f"layer name={name!r} is already registered; choose another name")
-        _ENTRIES[name] = LayerEntry(name, kind, build, state_size, compiles, dict(skips or {}))
+        _ENTRIES[name] = LayerEntry(name, kind, build, state_size, compiles, routed, dict(skips or {}))
         return build
 
     return register

@@ -39,18 +39,32 @@ class ChunkDecay(ABC):
 
     @abstractmethod
     def scores_backward(self, d_scores: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of x and y for one of the scores, which must be zero above the diagonal."""
+        """Return the gradients of x and y for one of the scores: zero above the diagonal, and overwritten."""
 
-    @abstractmethod
     def from_start(self, x: Tensor) -> Tensor:
         """Return the rows x (..., key width) times what is left of the chunk's start."""
+        return x if self.start is None else x * self.start
 
-    @abstractmethod
+    def from_start_(self, x: Tensor) -> Tensor:
+        """``from_start`` in the storage of x."""
+        return x if self.start is None else x.mul_(self.start)
+
     def to_end(self, y: Tensor) -> Tensor:
         """Return the rows y (..., key width) times what will be left of them at the chunk's end."""
+        return y if self.end is None else y * self.end
+
+    def to_end_(self, y: Tensor) -> Tensor:
+        """``to_end`` in the storage of y."""
+        return y if self.end is None else y.mul_(self.end)
+
+    start: Tensor | None = None
+    """(chunks, heads, size, 1 or key width), exp(b_i); None for one."""
+
+    end: Tensor | None = None
+    """(chunks, heads, size, 1 or key width), exp(b_C - b_j); None for one."""
 
     through: Tensor | None = None
-    """(chunks, heads, 1 or key width, 1), what is left of the memory after the chunk; None for all of it."""
+    """(chunks, heads, 1 or key width, 1), exp(b_C); None for one."""
 
 
 class NoDecay(ChunkDecay):
@@ -61,12 +75,6 @@ class NoDecay(ChunkDecay):
 
     def scores_backward(self, d_scores: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return d_scores @ y, d_scores.mT @ x
-
-    def from_start(self, x: Tensor) -> Tensor:
-        return x
-
-    def to_end(self, y: Tensor) -> Tensor:
-        return y
 
 
 class HeadDecay(ChunkDecay):
@@ -89,14 +97,8 @@ class HeadDecay(ChunkDecay):
         return (x @ y.mT).mul_(self.table)
 
     def scores_backward(self, d_scores: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        d_products = d_scores * self.table
-        return d_products @ y, d_products.mT @ x
-
-    def from_start(self, x: Tensor) -> Tensor:
-        return x * self.start
-
-    def to_end(self, y: Tensor) -> Tensor:
-        return y * self.end
+        d_scores.mul_(self.table)
+        return d_scores @ y, d_scores.mT @ x
 
 
 class ChannelDecay(ChunkDecay):
@@ -109,7 +111,8 @@ class ChannelDecay(ChunkDecay):
 
     def __init__(self, log_decay: Tensor) -> None:
         size = log_decay.shape[-2]
-        since, until = log_decay, torch.zeros_like(log_decay)  # sums from a block's start up to i; behind j up to its end
+        # Sums of decays inside a block: from its start up to i, and behind j up to its end.
+        since, until = log_decay, torch.zeros_like(log_decay)
         self.levels: list[tuple[Tensor, Tensor]] = []
         span = 1
         while span < size:
@@ -144,13 +147,8 @@ class ChannelDecay(ChunkDecay):
             _pairs(d_y, span)[..., 0, :, :] += (corner.mT @ rows) * until
         return d_x, d_y
 
-    def from_start(self, x: Tensor) -> Tensor:
-        return x * self.start
-
-    def to_end(self, y: Tensor) -> Tensor:
-        return y * self.end
-
 
 def _pairs(x: Tensor, span: int) -> Tensor:
     """View (..., size, d) as pairs of neighbouring blocks, (..., pairs, 2, span, d)."""
-    return x.unflatten(-2, (-1, 2, span))
+    pairs: Tensor = x.unflatten(-2, (-1, 2, span))
+    return pairs

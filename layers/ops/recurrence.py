@@ -1,6 +1,7 @@
 """What ``linear_recurrence`` and ``delta_rule`` share: checks, layout, one-token steps, and the choice of a backend."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,24 @@ from memzoo.layers.ops.recurrence_scan import RecurrenceScan
 from memzoo.layers.ops.segment_grid import SegmentGrid
 
 BACKENDS = ("torch", "fla")
+
+
+class Tokens(NamedTuple):
+    """What a recurrence reads of every token, in one dtype, queries scaled, as many query and key as value heads.
+
+    Attributes:
+        q: (batch, time, heads, K).
+        k: (batch, time, heads, K).
+        v: (batch, time, heads, V).
+        beta: (batch, time, heads, 1), or None.
+        log_decay: (batch, time, heads, 1 or K), or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor | None
+    log_decay: Tensor | None
 
 
 def recur(
@@ -31,116 +50,95 @@ def recur(
 ) -> tuple[Tensor, Tensor]:
     """Run a recurrence on checked arguments; those of ``delta_rule``, ``beta`` None for ``linear_recurrence``."""
     batch, time, heads = v.shape[:3]
-    given = [t for t in (q, k, v, beta, log_decay, state) if t is not None]
-    dtype = working_dtype(*given)
+    dtype = working_dtype(*(t for t in (q, k, v, beta, log_decay, state) if t is not None))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    by_fla = choose_fla(backend, q)
     if lengths is not None:  # a token that does not exist writes nothing and lets nothing decay
-        gates = [gate for gate in (beta, log_decay) if gate is not None]
-        q, k, v, *gates = blank_behind(lengths, q, k, v, *gates)
-        beta = None if beta is None else gates.pop(0)
-        log_decay = None if log_decay is None else gates.pop(0)
-    ends = None if cu_seqlens is None else cu_seqlens.tolist()
-    if state is None:
-        rows = batch if ends is None else len(ends) - 1
-        state = q.new_zeros(rows, heads, q.shape[-1], v.shape[-1], dtype=dtype)
-    if choose_fla(backend, q, k, v, beta, log_decay):
-        return recur_by_fla(q, k, v, beta, log_decay, state.to(dtype), scale, cu_seqlens)
-
+        q, k, v = blank_behind(lengths, q, k, v)
+        beta = None if beta is None else blank_behind(lengths, beta)[0]
+        log_decay = None if log_decay is None else blank_behind(lengths, log_decay)[0]
     if (groups := heads // q.shape[2]) > 1:
         q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
-    with no_autocast(q.device):
-        q, k, wide = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
-        beta = None if beta is None else beta.to(dtype)[..., None]
-        if log_decay is not None:
-            log_decay = log_decay.to(dtype).view(batch, time, heads, -1)
-        state = state.to(dtype)
-        if ends is None:
-            run = _step if time == 1 else _run_rows
-            y, state = run(q, k, wide, beta, log_decay, state, chunk_size)
-        else:
-            lengths_of_segments = [stop - start for start, stop in pairwise(ends)]
-            y, state = _run_segments(q, k, wide, beta, log_decay, state, chunk_size, lengths_of_segments)
+    if state is None:
+        rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        state = q.new_zeros(rows, heads, q.shape[-1], v.shape[-1])
+    state = state.to(dtype)
+    if by_fla:
+        y, state = _run_fla(q, k, v, beta, log_decay, state, scale, cu_seqlens)
+    else:
+        with no_autocast(q.device):
+            tokens = Tokens(
+                q.to(dtype) * scale,
+                k.to(dtype),
+                v.to(dtype),
+                None if beta is None else beta.to(dtype)[..., None],
+                None if log_decay is None else log_decay.to(dtype).view(batch, time, heads, -1),
+            )
+            if cu_seqlens is not None:
+                ends = cu_seqlens.tolist()
+                y, state = _run_segments(tokens, state, chunk_size, [b - a for a, b in pairwise(ends)])
+            elif time == 1:
+                y, state = _step(tokens, state)
+            else:
+                grid = SegmentGrid.of_rows(batch, time, _chunk(chunk_size, time), q.device)
+                y, state = _run_grid(grid, tokens, state)
     if lengths is not None:
         y = blank_behind(lengths, y)[0]
     return y.to(v.dtype), state
 
 
-def _run_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    grid = SegmentGrid.of_rows(q.shape[0], q.shape[1], _chunk(chunk_size, q.shape[1]), q.device)
-    return _run_grid(grid, q, k, v, beta, log_decay, state)
-
-
-def _run_segments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-    chunk_size: int,
-    lengths: list[int],
-) -> tuple[Tensor, Tensor]:
+def _run_segments(tokens: Tokens, state: Tensor, chunk_size: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Run segments of the given lengths; those without a token keep their state."""
     taken = [i for i, length in enumerate(lengths) if length]
-    some = len(taken) < len(lengths)
-    index = torch.tensor(taken, device=state.device) if some else None
+    index = torch.tensor(taken, device=state.device) if len(taken) < len(lengths) else None
     own = state if index is None else state.index_select(0, index)
-    lengths = [length for length in lengths if length]
-    if max(lengths, default=0) == 1:
-        parts = (None if t is None else t.transpose(0, 1) for t in (q, k, v, beta, log_decay))
-        y, own = _step(*parts, own, chunk_size)
+    lengths = [lengths[i] for i in taken]
+    if max(lengths) == 1:
+        y, own = _step(Tokens(*(None if t is None else t.transpose(0, 1) for t in tokens)), own)  # type: ignore[arg-type]
         y = y.transpose(0, 1)
-    elif lengths:
-        grid = SegmentGrid.of_segments(lengths, q.shape[2], _chunk(chunk_size, max(lengths)), q.device)
-        y, own = _run_grid(grid, q, k, v, beta, log_decay, own.index_select(0, grid.order))
-        own = own.index_select(0, grid.place)
     else:
-        y = v
+        grid = SegmentGrid.of_segments(lengths, tokens.q.shape[2], _chunk(chunk_size, max(lengths)), state.device)
+        y, own = _run_grid(grid, tokens, own.index_select(0, grid.order))
+        own = own.index_select(0, grid.place)
     return y, own if index is None else state.index_copy(0, index, own)
 
 
-def _run_grid(
-    grid: SegmentGrid,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    batch, time = q.shape[:2]
+def _run_grid(grid: SegmentGrid, tokens: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v, beta, log_decay = tokens
     gates = (None if gate is None else grid.blank(grid.cut(gate)) for gate in (beta, log_decay))
-    y, state = RecurrenceScan.apply(
-        grid.active, grid.cut(q), grid.blank(grid.cut(k)), grid.cut(v), *gates, state
-    )
-    return grid.join(y, batch, time), state
+    y, state = RecurrenceScan.apply(grid.active, grid.cut(q), grid.blank(grid.cut(k)), grid.cut(v), *gates, state)
+    return grid.join(y, *q.shape[:2]), state
 
 
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-    _: int,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence itself, for one token a row: (rows, 1, heads, ...)."""
-    q, k, v = (t[:, 0, :, None] for t in (q, k, v))  # (rows, heads, 1, ...)
-    if log_decay is not None:
-        state = state * log_decay[:, 0, :, :, None].exp()
-    if beta is not None:
-        v = beta[:, 0, :, None] * (v - k @ state)
+def _step(tokens: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence itself, for one token a row."""
+    q, k, v = (t.transpose(1, 2) for t in tokens[:3])  # (rows, heads, 1, ...)
+    if tokens.log_decay is not None:
+        state = state * tokens.log_decay[:, 0, :, :, None].exp()
+    if tokens.beta is not None:
+        v = tokens.beta.transpose(1, 2) * (v - k @ state)
     state = state + k.mT * v
     return (q @ state).transpose(1, 2), state
+
+
+def _run_fla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    state: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run fla's kernels, on segments that hold a token."""
+    if cu_seqlens is None:
+        return recur_by_fla(q, k, v, beta, log_decay, state, scale, None)
+    held = cu_seqlens.diff().nonzero().squeeze(1)
+    ends = torch.cat((cu_seqlens[:1], cu_seqlens[1:][held]))
+    index = held.to(state.device)
+    y, own = recur_by_fla(q, k, v, beta, log_decay, state.index_select(0, index), scale, ends)
+    return y, state.index_copy(0, index, own)
 
 
 def _chunk(chunk_size: int, longest: int) -> int:

@@ -1,7 +1,10 @@
-"""The scan over chunks behind ``linear_recurrence`` and ``delta_rule``: one matrix memory, written and read in parallel.
+"""The scan over chunks behind ``linear_recurrence`` and ``delta_rule``: a matrix memory, written and read in parallel.
 
-Inside a chunk the memory after step i is S_i = exp(b_i) S_0 + sum_{j<=i} exp(b_i - b_j) k_j^T u_j (b: running sum of the
-log decays), so with the decayed products of ``chunk_decay``
+Inside a chunk, with b the running sum of the log decays, the memory after step i is
+
+    S_i = exp(b_i) S_0 + sum_{j<=i} exp(b_i - b_j) k_j^T u_j,
+
+so with the decayed products of ``chunk_decay``
 
     Y   = scores(Q, K) U + from_start(Q) S_0
     S_C = through S_0 + to_end(K)^T U
@@ -38,7 +41,7 @@ class RecurrenceScan(torch.autograd.Function):
     Shape:
         q, k: (chunks, heads, size, K). v, y: (chunks, heads, size, V). beta: (chunks, heads, size, 1), or None for
         linear attention. log_decay: (chunks, heads, size, 1 or K), or None. state: (sequences, heads, K, V), in the
-        order of the grid, whose ``active`` and slots are those of ``segment_grid``. Slots without a token must have k = 0, beta = 0 and log_decay = 0.
+        order of a ``SegmentGrid``, whose ``active`` it is. Slots without a token have k = 0, beta = 0, log_decay = 0.
     """
 
     @staticmethod
@@ -75,9 +78,7 @@ class RecurrenceScan(torch.autograd.Function):
             return (None, *_backward(ctx, d_y.contiguous(), d_final))
 
 
-def _accumulate(
-    active: tuple[int, ...], through: Tensor | None, added: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def _accumulate(active: tuple[int, ...], through: Tensor | None, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Scan S <- through S + added; return every S before its chunk, and those after the last one."""
     starts, carried = torch.empty_like(added), state.clone()
     for chunk in slices(active):
@@ -98,7 +99,11 @@ def _correct(
     read: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan E = inverse (v - read S), S <- through S + write^T E; return every S before its chunk, those at the end, E."""
+    """Scan E = inverse (v - read S), S <- through S + write^T E.
+
+    Returns:
+        Every S before its chunk, those after the last one, and E.
+    """
     starts, carried = state.new_empty(len(v), *state.shape[1:]), state.clone()
     error = torch.empty_like(v)
     for chunk in slices(active):
@@ -122,18 +127,18 @@ def _backward(ctx: Any, d_y: Tensor, d_final: Tensor) -> tuple[Tensor | None, ..
     d_written = decay.scores(q, k).mT @ d_y
     d_starts = decay.from_start(q).mT @ d_y
 
-    # The scan, last chunk first. d_after: of the memory after every chunk. d_rest: of the triangular system's right side.
+    # The scan, last chunk first. d_after: of the memory after each; d_rest: of the triangular system's right side.
     d_after, d_state, d_rest = torch.empty_like(starts), d_final.clone(), None
     if beta is not None:
         d_rest = torch.empty_like(d_written)
-        weighted, read = inverse * beta, decay.from_start(k)
+        read = decay.from_start(k)
     for chunk in reversed(slices(ctx.active)):
         after, before, d_memory = d_after[chunk], d_starts[chunk], d_state[: chunk.stop - chunk.start]
         after.copy_(d_memory)
         if d_rest is not None:
             d_write = d_written[chunk].flatten(0, 1).baddbmm_(write[chunk].flatten(0, 1), after.flatten(0, 1))
             own = d_rest[chunk].flatten(0, 1)
-            torch.bmm(weighted[chunk].flatten(0, 1).mT, d_write, out=own)
+            torch.bmm(inverse[chunk].flatten(0, 1).mT, d_write * beta[chunk].flatten(0, 1), out=own)
             before.flatten(0, 1).baddbmm_(read[chunk].flatten(0, 1).mT, own, alpha=-1)
         if decay.through is None:
             torch.add(before, after, out=d_memory)
@@ -144,23 +149,24 @@ def _backward(ctx: Any, d_y: Tensor, d_final: Tensor) -> tuple[Tensor | None, ..
 
     # What reads the memory, and what writes into it: for the decays they are kept apart.
     d_q, d_writer = decay.scores_backward((d_y @ written.mT).tril_(), q, k)
-    d_q += decay.from_start(d_y @ starts.mT)
-    d_end = decay.to_end(written @ d_after.mT)
+    d_q += decay.from_start_(d_y @ starts.mT)
+    d_end = decay.to_end_(written @ d_after.mT)
     d_writer += d_end
     if d_rest is None:
         d_reader, d_beta = None, None
     else:
         d_system = (d_rest @ kept.mT).neg_().tril_(-1)
         d_beta = (d_written * kept).sum(-1, keepdim=True)
-        d_beta += (d_system * decay.scores(k, k)).sum(-2)[..., None]
+        d_beta += decay.scores(k, k).mul_(d_system).sum(-2)[..., None]
         d_reader, d_more = decay.scores_backward(d_system.mul_(beta.mT), k, k)
-        d_reader -= decay.from_start(d_rest @ starts.mT)
+        d_reader -= decay.from_start_(d_rest @ starts.mT)
         d_writer += d_more
     d_decay = None
     if log_decay is not None:
-        held = decay.through.mT * (starts * d_after).sum(-1)[..., None, :] if decay.through is not None else None
-        d_decay = _decay_gradient(q, k, d_q, d_reader, d_writer, d_end, held, log_decay)
-    d_k = d_writer if d_reader is None else d_writer + d_reader
+        assert decay.through is not None
+        held = decay.through * d_after.mul_(starts).sum(-1, keepdim=True)
+        d_decay = _decay_gradient(q, k, d_q, d_reader, d_writer, d_end, held.mT, log_decay)
+    d_k = d_writer if d_reader is None else d_writer.add_(d_reader)
     return d_q, d_k, d_written if d_rest is None else d_rest, d_beta, d_decay, d_state
 
 
@@ -171,21 +177,18 @@ def _decay_gradient(
     d_reader: Tensor | None,
     d_writer: Tensor,
     d_end: Tensor,
-    held: Tensor | None,
+    held: Tensor,
     log_decay: Tensor,
 ) -> Tensor:
-    """Return the gradient of log_decay from that of the running sum b: readers add, writers take away; see chunk_decay.
+    """Return the gradient of log_decay from that of the running sum b: readers add, writers take away.
 
-    ``held`` and ``d_end`` are what b_C gets from the memory that the chunk hands on: its old part and its new writes.
+    ``held`` and ``d_end``, which is overwritten, are what b_C gets from the memory that the chunk hands on: its old
+    part and its new writes.
     """
-    d_sum = q * d_q
+    d_sum = (q * d_q).addcmul_(k, d_writer, value=-1)
     if d_reader is not None:
-        d_sum += k * d_reader
-    d_sum -= k * d_writer
-    d_last = (k * d_end).sum(-2, keepdim=True)
-    if held is not None:
-        d_last += held
-    d_sum[..., -1:, :] += d_last
+        d_sum.addcmul_(k, d_reader)
+    d_sum[..., -1:, :] += held + d_end.mul_(k).sum(-2, keepdim=True)
     if log_decay.shape[-1] == 1:
         d_sum = d_sum.sum(-1, keepdim=True)
     return d_sum.flip(-2).cumsum(-2).flip(-2)

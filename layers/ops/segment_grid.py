@@ -21,8 +21,8 @@ class SegmentGrid:
         active: For every step of the scan, how many sequences have a chunk left.
         order: (sequences,) the sequences, longest first; for rows of equal length, as they come.
         place: (sequences,) where each of them is in that order.
-        source: (chunks * heads * size,) row of the flattened (tokens * heads) that every slot holds; row 0 where none
-            does. None for rows of equal length, which are only reshaped.
+        source: (chunks * heads * size,) row of the flattened (tokens * heads) that every slot holds; a slot without a
+            token repeats the first of its chunk. None for rows of equal length, which are only reshaped.
         slot: (tokens * heads,) slot of every row, likewise.
         real: (chunks, 1, size, 1) bool, slots that hold a token; None if all do.
     """
@@ -65,15 +65,21 @@ class SegmentGrid:
         head = torch.arange(heads)
         slot = (chunk[:, None] * heads + head) * size + (within % size)[:, None]
         chunks = sum(active)
-        source = torch.zeros(chunks * heads * size, dtype=torch.long)
-        source[slot.flatten()] = torch.arange(slot.numel())
+        rows = torch.arange(slot.numel()).view_as(slot)
+        source = torch.empty(chunks, heads, size, dtype=torch.long)
+        opens = within % size == 0
+        source[chunk[opens]] = rows[opens][..., None]
+        source = source.flatten().index_copy_(0, slot.flatten(), rows.flatten())
         real = torch.zeros(chunks, 1, size, 1, dtype=torch.bool)
         real[chunk, 0, within % size] = True
         parts = (t.to(device, non_blocking=True) for t in (order, place, source, slot.flatten(), real))
         return SegmentGrid(size, tuple(active), *parts)
 
     def cut(self, x: Tensor) -> Tensor:
-        """(batch, time, heads, d) -> (chunks, heads, size, d); anything at slots without a token."""
+        """(batch, time, heads, d) -> (chunks, heads, size, d).
+
+        Slots without a token hold zero or a token of the same sequence, so no NaN of another one.
+        """
         batch, time, heads, width = x.shape
         if self.source is not None:
             return x.reshape(-1, width).index_select(0, self.source).view(-1, heads, self.size, width)

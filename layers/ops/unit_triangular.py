@@ -1,6 +1,5 @@
 """Inverses of unit lower triangular matrices, many small ones at once."""
 
-import torch
 from torch import Tensor
 
 
@@ -23,7 +22,7 @@ def inverse_of_unit_lower(strict: Tensor) -> Tensor:
         inverse = inverse.new_zeros(*first.shape[:-2], 2 * span, 2 * span)
         inverse[..., :span, :span] = first
         inverse[..., span:, span:] = second
-        torch.neg(product, out=inverse[..., span:, :span])
+        inverse[..., span:, :span] = -product
         span *= 2
     return inverse[..., 0, :, :]
 
@@ -31,4 +30,5 @@ def inverse_of_unit_lower(strict: Tensor) -> Tensor:
 def corners(square: Tensor, span: int) -> Tensor:
     """View the blocks left below the diagonal between neighbours of ``span`` rows: (..., pairs, span, span)."""
     blocks = square.unflatten(-1, (-1, 2, span)).unflatten(-4, (-1, 2, span))  # (..., pairs, 2, span, pairs, 2, span)
-    return blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    below: Tensor = blocks[..., 1, :, :, 0, :]
+    return below.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)

@@ -11,6 +11,7 @@ from tests.contract.checks.core import DIM
 from tests.contract.example import ExponentialAverage
 
 EXAMPLE = Part("exponential_average", "mixer", lambda: ExponentialAverage(DIM))
+GROUPED = {"num_heads": 2, "num_value_heads": 4, "head_dim": 6, "value_dim": 4}
 MATRIX = {"memory_depth": 1, "momentum": False, "conv_width": None, "chunk_size": 3}
 # Options that change what a state holds or how a call is computed; each set is tested like a layer of its own.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -41,6 +42,27 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "memory_as_gate": {
         "bare": {"num_persistent_tokens": 0, "gate": "convex", "rotary_base": None, "memory": MATRIX},
+    },
+    "linear_attention": {
+        "plain": {"feature_map": "identity", "normalize": False, "conv_width": 3, "output_gate": True},
+        "grouped": GROUPED | {"feature_map": "relu"},
+    },
+    "retnet": {"grouped": GROUPED | {"conv_width": 3, "output_gate": False}},
+    "gated_linear_attention": {"grouped": GROUPED | {"conv_width": 4, "gate_divisor": 4.0}},
+    "deltanet": {"grouped": GROUPED | {"negative_eigenvalues": True, "conv_width": None, "output_gate": True}},
+    "gated_deltanet": {
+        "grouped": GROUPED | {"negative_eigenvalues": True},
+        "bare": {"conv_width": None, "output_gate": False, "chunk_size": 1},
+    },
+    "kimi_delta_attention": {
+        "grouped": GROUPED | {"decay_lower_bound": -5.0, "negative_eigenvalues": True},
+        "bare": {"conv_width": None, "output_gate": False},
+    },
+    "mixture_of_memories": {
+        "input": {"conv": "input", "rule": "kda", "renormalize": False, "top_k": 1, "balance": "pooled"},
+        "bare": {"conv": None, "rule": "linear_attention", "shared": False, "output_gate": False, "balance": None},
+        "grouped": {"num_value_heads": 4, "tie_key_values": True, "balance": "layer_sequence", "rule": "deltanet"},
+        "rotated": {"rule": "retnet", "top_k": 3},
     },
     "memory_as_layer": {
         "bare": {"num_persistent_tokens": 0, "qk_norm": True, "memory": MATRIX},

@@ -28,6 +28,7 @@ def model_part(name: str, label: str = "", **options: Any) -> Part:
         "model",
         lambda: create_model(name, **overrides),
         "constant" if whole.config.get("window") else card.state_size,
+        routed=card.routed,
         skips=card.skips,
         vocab_size=whole.vocab_size,
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memzoo.layers import MixerState, SequenceMixer, Trace
 from memzoo.layers.mixer import counters
-from tests.layers.running_sum import RunningSum
+from tests.layers.running_sum import RunningSum, RunningSumState
 
 
 def rows_by_hand(x: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[int, int, float]]]:
@@ -34,20 +34,70 @@ def grids(draw):
     return torch.tensor(ids), torch.tensor(mask), draw(st.integers(0, time - 1))
 
 
+class NativeSum(RunningSum):
+    """The running sum of segments that lie end to end: what was summed before a segment is taken off again."""
+
+    native_segments = True
+
+    def mix(self, x, state, *, lengths, trace, donate, cu_seqlens=None):
+        if cu_seqlens is None:
+            return super().mix(x, state, lengths=lengths, trace=trace, donate=donate)
+        assert lengths is None
+        assert x.shape[:2] == (1, cu_seqlens[-1])
+        _, after, document = counters(state, x, None, cu_seqlens)
+        total = torch.cat((x.new_zeros(1, self.dim), x[0].cumsum(0)))
+        before = total[cu_seqlens[:-1]] - (0 if state is None else state.total)
+        y = total[1:] - before.repeat_interleave(cu_seqlens.diff(), dim=0)
+        if trace is not None:
+            trace.signal("input", x)
+            trace.loss("size", x.abs().sum())
+        return y[None], RunningSumState(after, document, total[cu_seqlens[1:]] - before)
+
+
+@pytest.mark.parametrize("mixer", [RunningSum(1), NativeSum(1)], ids=["padded", "native"])
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
-@given(st.composite(grids)())
-def test_documents_and_masks_equal_a_loop_however_the_call_is_cut(grid):
+@given(grid=st.composite(grids)())
+def test_documents_and_masks_equal_a_loop_however_the_call_is_cut(mixer, grid):
     ids, mask, cut = grid
     x = torch.randn(*ids.shape, 1, dtype=torch.float64)
     expected, ends = rows_by_hand(x, ids, mask)
     state, outputs = None, []
     for piece in (slice(0, cut), slice(cut, None)) if cut else (slice(None),):
-        y, state = RunningSum(1)(x[:, piece], state, doc_ids=ids[:, piece], mask=mask[:, piece])
+        y, state = mixer(x[:, piece], state, doc_ids=ids[:, piece], mask=mask[:, piece])
         outputs.append(y)
     torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-12)
     for b, (position, document, total) in enumerate(ends):
         assert (int(state.position[b]), int(state.document[b])) == (position, document)
         assert abs(float(state.total[b]) - total) < 1e-12
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.composite(grids)())
+def test_native_segments_report_and_carry_what_padded_rows_do(grid):
+    ids, mask, _ = grid
+    x = torch.randn(*ids.shape, 1, dtype=torch.float64)
+    results = []
+    for mixer in (NativeSum(1), RunningSum(1)):
+        given_x, trace = x.clone().requires_grad_(), Trace()
+        _, start = mixer(torch.ones(len(x), 2, 1, dtype=torch.float64), doc_ids=ids[:, :1].expand(-1, 2))
+        y, state = mixer(given_x, start, doc_ids=ids, mask=mask, trace=trace)
+        (slope,) = torch.autograd.grad((y * torch.arange(y.numel()).view_as(y)).sum(), given_x)
+        results.append({"y": y, "slope": slope, **state.named_tensors(), **trace.signals, **trace.losses})
+    native, padded = results
+    assert native.keys() == padded.keys()
+    for name, tensor in padded.items():
+        torch.testing.assert_close(native[name], tensor, rtol=0, atol=1e-12, msg=name)
+
+
+def test_native_segments_are_for_documents_only():
+    mixer, x, seen = NativeSum(1), torch.ones(2, 3, 1), []
+    whole = mixer.mix
+    mixer.mix = lambda x, *args, **options: seen.append((x.shape[0], sorted(options))) or whole(x, *args, **options)
+    mixer(x)
+    mixer(x, mask=torch.ones(2, 3, dtype=torch.bool))
+    assert seen == [(2, ["donate", "lengths", "trace"])] * 2
+    mixer(x, doc_ids=torch.zeros(2, 3, dtype=torch.long))
+    assert seen[2:] == [(1, ["cu_seqlens", "donate", "lengths", "trace"])]
 
 
 def test_a_document_goes_on_in_the_next_call_and_another_id_starts_afresh():
@@ -117,6 +167,9 @@ def test_counters_advance_by_the_lengths():
     assert [c.tolist() for c in counters(None, x, None)] == [[0, 0], [5, 5], [0, 0]]
     state = MixerState(torch.tensor([3, 1]), torch.tensor([8, 9]))
     assert [c.tolist() for c in counters(state, x, lengths)] == [[3, 1], [8, 1], [8, 9]]
+    row, cu_seqlens = torch.zeros(1, 5, 1), torch.tensor([0, 4, 5])
+    assert [c.tolist() for c in counters(state, row, None, cu_seqlens)] == [[3, 1], [7, 2], [8, 9]]
+    assert [c.tolist() for c in counters(None, row, None, cu_seqlens)] == [[0, 0], [4, 1], [0, 0]]
 
 
 def test_a_mixer_must_say_how_it_starts_and_mixes():

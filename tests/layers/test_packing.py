@@ -1,5 +1,7 @@
 """Masks and documents become ragged rows, compared with rows cut by hand."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,13 +48,31 @@ def test_documents_become_the_rows_a_loop_would_cut(grid):
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.composite(grids)())
+def test_documents_laid_end_to_end_are_the_same_rows_without_padding(grid):
+    ids, mask = grid
+    rows = split_documents(torch.tensor(ids), torch.tensor(mask), end_to_end=True)
+    expected = [positions for _, _, positions in expected_rows(ids, mask)]
+    padded = split_documents(torch.tensor(ids), torch.tensor(mask))
+    for name in ("lengths", "owner", "last", "first_document", "document"):
+        assert torch.equal(getattr(rows, name), getattr(padded, name)), name
+    if not any(expected):  # a layer cannot be called on no token: padded rows have one slot at least
+        assert rows.cu_seqlens is None
+        assert torch.equal(rows.index, padded.index)
+        return
+    assert rows.index.tolist() == [[token for row in expected for token in row]]
+    borders = rows.cu_seqlens.tolist()
+    assert [rows.index[0, a:b].tolist() for a, b in pairwise(borders)] == expected
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.composite(grids)())
 def test_scatter_undoes_gather_and_leaves_zeros_at_masked_tokens(grid):
     ids, mask = torch.tensor(grid[0]), torch.tensor(grid[1])
     x = torch.arange(1.0, ids.numel() + 1).view(*ids.shape, 1)
-    for rows in (left_align(mask), split_documents(ids, mask)):
+    for rows in (left_align(mask), split_documents(ids, mask), split_documents(ids, mask, end_to_end=True)):
         assert torch.equal(rows.scatter(rows.gather(x)), x * mask[..., None])
-    rows = split_documents(ids)
-    assert torch.equal(rows.scatter(rows.gather(x)), x)
+    for rows in (split_documents(ids), split_documents(ids, end_to_end=True)):
+        assert torch.equal(rows.scatter(rows.gather(x)), x)
 
 
 def test_a_mask_aligns_the_real_tokens_to_the_left():
@@ -65,12 +85,12 @@ def test_a_mask_aligns_the_real_tokens_to_the_left():
 
 def test_what_is_masked_is_replaced_by_zero_even_if_it_is_nan():
     mask = torch.tensor([[True, False]])
-    x = torch.tensor([[1.0, torch.nan]], requires_grad=True)
-    rows = left_align(mask)
-    y = rows.scatter(rows.gather(x) * 3)
-    y.sum().backward()
-    assert y.tolist() == [[3, 0]]
-    assert x.grad.tolist() == [[3, 0]]
+    for rows in (left_align(mask), split_documents(mask.long(), mask, end_to_end=True)):
+        x = torch.tensor([[1.0, torch.nan]], requires_grad=True)
+        y = rows.scatter(rows.gather(x) * 3)
+        y.sum().backward()
+        assert y.tolist() == [[3, 0]]
+        assert x.grad.tolist() == [[3, 0]]
 
 
 def test_masked_tokens_do_not_cut_a_document():

@@ -35,6 +35,7 @@ class Part:
         make: Builds it, small.
         state_size: "constant" or "grows" with the context.
         compiles: Whether ``torch.compile(fullgraph=True)`` is promised.
+        routed: Whether the data decides the shape of its products; see ``LayerEntry``.
         skips: Names of checks it does not keep, with the reasons.
         vocab_size: Of a model, whose inputs are tokens; None for layers.
     """
@@ -44,6 +45,7 @@ class Part:
     make: Callable[[], nn.Module]
     state_size: str = "constant"
     compiles: bool = True
+    routed: bool = False
     skips: Mapping[str, str] = field(default_factory=dict)
     vocab_size: int | None = None
 
@@ -51,7 +53,15 @@ class Part:
     def of(cls, entry: LayerEntry, label: str = "", **options: Any) -> "Part":
         """The registered layer, with other options under a label of their own if given."""
         name = f"{entry.name}+{label}" if label else entry.name
-        return cls(name, entry.kind, lambda: entry.build(DIM, **options), entry.state_size, entry.compiles, entry.skips)
+        return cls(
+            name,
+            entry.kind,
+            lambda: entry.build(DIM, **options),
+            entry.state_size,
+            entry.compiles,
+            entry.routed,
+            entry.skips,
+        )
 
     def build(self, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> nn.Module:
         """Build it with every parameter moved off its initial value, so that no zero at the start hides a path."""
@@ -78,6 +88,18 @@ class Part:
             return torch.where(where, (x + shift) % self.vocab_size, x)
         other = 3 * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
         return torch.where(where[..., None], x + other, x)
+
+    def unmoved(self, actual: Tensor, expected: Tensor, what: str) -> None:
+        """Require that a change elsewhere did not move this: to the last bit, to 1e-12 where routing moves shapes."""
+        if self.routed:
+            close(actual, expected, what, 1e-12)
+        else:
+            same(actual, expected, what)
+
+    def unmoved_state(self, actual: State, expected: State, what: str) -> None:
+        """``unmoved`` of every tensor of a state."""
+        for name, left, right in _paired(actual, expected, what):
+            self.unmoved(left, right, f"{what}, state.{name}")
 
     @property
     def exempt(self) -> Mapping[str, str]:

@@ -72,7 +72,7 @@ def the_future_is_not_seen(part: Part) -> None:
         for t in (0, 1, 7, TIME - 2):
             future = torch.arange(TIME).expand(BATCH, TIME) > t
             y_other, _ = module(part.changed(x, future))
-            same(y_other[:, : t + 1], y[:, : t + 1], f"outputs up to {t} after a change behind it, {training=}")
+            part.unmoved(y_other[:, : t + 1], y[:, : t + 1], f"outputs up to {t} after a change behind it, {training=}")
 
 
 @check(*SEQUENCE)
@@ -83,8 +83,10 @@ def rows_do_not_see_each_other(part: Part) -> None:
     for training in (True, False):
         y, state = module.train(training)(x)
         y_other, state_other = module(part.changed(x, others))
-        same(y_other[1], y[1], f"row 1 after a change of the others, {training=}")
-        same_state(state_other.reorder(torch.tensor([1])), state.reorder(torch.tensor([1])), f"row 1, {training=}")
+        part.unmoved(y_other[1], y[1], f"row 1 after a change of the others, {training=}")
+        part.unmoved_state(
+            state_other.reorder(torch.tensor([1])), state.reorder(torch.tensor([1])), f"row 1, {training=}"
+        )
         y_alone, state_alone = module(x[1:2])
         close(y_alone[0], y[1], f"row 1 alone, {training=}")
         close_state(state_alone, state.reorder(torch.tensor([1])), f"row 1 alone, {training=}")
@@ -163,7 +165,7 @@ def masked_tokens_change_nothing(part: Part) -> None:
     for start in (None, state):
         y, end = module(x, start, mask=mask)
         y_other, end_other = module(part.changed(x, ~mask), start, mask=mask)
-        same(y_other[mask], y[mask], "real outputs after a change of the masked tokens")
+        part.unmoved(y_other[mask], y[mask], "real outputs after a change of the masked tokens")
         same_state(end_other, end, "after a change of the masked tokens")
 
 
@@ -215,7 +217,7 @@ def documents_do_not_see_each_other(part: Part) -> None:
     y, end = module(x, state, doc_ids=DOCUMENTS)
     others = DOCUMENTS != 9  # row 0 ends with document 9, alone in its row
     y_other, end_other = module(part.changed(x, others), state, doc_ids=DOCUMENTS)
-    same(y_other[~others], y[~others], "a document after a change of the others")
+    part.unmoved(y_other[~others], y[~others], "a document after a change of the others")
     same_state(end_other.reorder(torch.tensor([0])), end.reorder(torch.tensor([0])), "row 0")
 
 
