@@ -7,7 +7,9 @@ from memzoo.arch.block import Block
 from memzoo.arch.card import Claim, Fidelity, ModelCard
 from memzoo.arch.causal_lm import CausalLM, CausalLMState
 from memzoo.arch.checkpoint import from_pretrained, save_pretrained
+from memzoo.arch.gated_deltanet import GatedDeltaNetLM
 from memzoo.arch.generation import generate
+from memzoo.arch.mom import MoM
 from memzoo.arch.registry import (
     ModelEntry,
     create_model,
@@ -30,6 +32,8 @@ __all__ = [
     "CausalLMState",
     "Claim",
     "Fidelity",
+    "GatedDeltaNetLM",
+    "MoM",
     "ModelCard",
     "ModelEntry",
     "PartSize",

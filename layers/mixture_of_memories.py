@@ -51,9 +51,9 @@ class MixtureOfMemories(SequenceMixer):
         o_m, S_m = rule(conv(q, k_m, v_m), gates_m, S_m)          conv and S_m see the tokens that went to m, in order
         y = W_out (RMSNorm(sum_m w_m o_m + o_shared) * silu(W_o x))
 
-    A memory that a token does not go to stays as it is, bit for bit. The shared memory reads every token, with weight 1.
-    All memories share the query projection, the convolution and the rule's own parameters. Routing is computed in at
-    least float32. No token is ever dropped and none padded: projections see as many rows as there are copies.
+    A memory that a token does not go to stays as it is, bit for bit. The shared memory takes every token, with weight
+    1. All memories share the query projection, the convolution and the rule's own parameters. Routing is computed in
+    at least float32. No token is ever dropped and none padded: projections see as many rows as there are copies.
 
     Args:
         dim: Width of ``x`` and ``y``.
@@ -71,7 +71,7 @@ class MixtureOfMemories(SequenceMixer):
             trains the router; False uses p itself.
         conv: ``"bucket"``: each memory convolves the queries, keys and values of its own tokens, as the published code
             does. ``"input"``: ``x`` is convolved before routing and projections; then all memories are asked with the
-            same query, and the state is M + 1 times smaller. None: no convolution.
+            same query, and one tail is carried instead of M + 1. None: no convolution.
         conv_width: Width of the convolution.
         balance: The auxiliary loss, reported to the trace: ``"layer"``, ``"pooled"`` or ``"layer_sequence"``, see
             ``memzoo.layers.balance``; None for none.

@@ -44,12 +44,14 @@ class Buckets:
 
     def take(self, x: Tensor) -> Tensor:
         """(tokens, ...) -> (copies, ...), every token copied into its buckets."""
-        return _Copies.apply(x, self.order, self.place, self.k)  # type: ignore[no-any-return]
+        copies: Tensor = _Copies.apply(x, self.order, self.place, self.k)
+        return copies
 
     def put(self, y: Tensor) -> Tensor:
         """(copies, ...) -> (tokens, k, ...), every copy back at its token."""
         taken: Tensor = _Copies.apply(y, self.place, self.order, 1)
-        return taken.unflatten(0, (-1, self.k))
+        back: Tensor = taken.unflatten(0, (-1, self.k))
+        return back
 
     @property
     def sizes(self) -> list[int]:

@@ -12,7 +12,7 @@ from memzoo.layers.state import State
 
 @dataclass(frozen=True)
 class ShortConvState(State):
-    """The last ``width - 1`` inputs. tail: (batch, width - 1, channels)."""
+    """The last ``width - 1`` inputs. tail: (batch or segments, width - 1, channels)."""
 
     tail: Tensor
 
@@ -27,7 +27,8 @@ class ShortConv(nn.Module):
         bias: Add a learned bias before the activation.
 
     Shape:
-        x: (batch, time, channels). lengths: (batch,). Returns (batch, time, channels) and the state.
+        x: (batch, time, channels). lengths: (batch,). cu_seqlens: (N + 1,), for which batch must be 1.
+        Returns (batch, time, channels) and the state.
 
     Raises:
         ValueError: A number is not a whole number >= 1, the activation is unknown, or a shape is wrong.
@@ -65,6 +66,7 @@ class ShortConv(nn.Module):
         state: ShortConvState | None = None,
         *,
         lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         channels: slice = slice(None),
     ) -> tuple[Tensor, ShortConvState]:
         """Convolve a piece of every row's sequence.
@@ -73,6 +75,8 @@ class ShortConv(nn.Module):
             x: The tokens.
             state: What the previous call returned; None starts afresh. Never changed in place.
             lengths: Tokens that exist in each row; outputs to their right are arbitrary. None if all exist.
+            cu_seqlens: Where each of N segments in the one row begins, and where the last one ends; ``state`` then has
+                a row for each. Not together with ``lengths``.
             channels: The channels that ``x`` and ``state`` hold; all by default.
         """
         weight, bias = self.weight[channels], None if self.bias is None else self.bias[channels]
@@ -84,6 +88,7 @@ class ShortConv(nn.Module):
             None if state is None else state.tail,
             activation=self.activation,
             lengths=lengths,
+            cu_seqlens=cu_seqlens,
         )
         return y, ShortConvState(tail)
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from memzoo.layers import Trace
 from memzoo.lit_modules.data import RecallTask
 from memzoo.lit_modules.objective import NextTokens
 from memzoo.lit_modules.optim import parameter_groups
@@ -35,7 +36,7 @@ def widen(model: nn.Module) -> None:
 def train(
     model: nn.Module, tasks: Sequence[RecallTask], *, steps: int, tokens: int, learning_rate: float, seed: int
 ) -> None:
-    """Train on tasks in turn; the later ones, harder, join in one after another.
+    """Train on tasks in turn; the later ones, harder, join in one after another. The layers' own losses are added.
 
     Args:
         model: With the interface of ``CausalLM``.
@@ -51,8 +52,9 @@ def train(
         in_use = min(len(tasks), 1 + int(len(tasks) * step / (CURRICULUM * steps)))
         task = tasks[step % in_use]
         batch = NextTokens.of(task.rows(max(1, tokens // task.sequence_length), (seed, TRAIN, step)))
-        logits, _ = model(batch.inputs)
-        loss = F.cross_entropy(logits[batch.counted], batch.targets[batch.counted])
+        trace = Trace(signals=False)
+        logits, _ = model(batch.inputs, trace=trace)
+        loss = F.cross_entropy(logits[batch.counted], batch.targets[batch.counted]) + sum(trace.losses.values())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

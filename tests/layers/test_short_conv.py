@@ -1,12 +1,14 @@
 """Short convolution: the op against its loop, and the layer around it."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from memzoo.layers import ShortConv, ShortConvState
 from memzoo.layers.ops.short_conv import short_conv
@@ -51,6 +53,113 @@ def test_any_cutting_gives_the_outputs_and_tail_of_one_call(width, pieces):
         outputs.append(out)
     torch.testing.assert_close(torch.cat(outputs, 1), y, rtol=0, atol=1e-12)
     assert torch.equal(state.tail, end.tail)
+
+
+# Segments: cu_seqlens.
+
+BORDERS = {
+    "one": [0, 7],
+    "shorter_than_the_filter": [0, 1, 3, 6, 7],
+    "empty": [0, 0, 2, 2, 2, 7, 7],
+    "uneven": [0, 6, 7],
+}
+
+
+@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS)
+@pytest.mark.parametrize("start", [False, True], ids=["fresh", "continued"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("width", [1, 2, 4, 9])
+def test_16_segments_equal_the_loop_over_separate_sequences(width, bias, start, borders):
+    x, weight = randn(1, 7, 2), randn(2, width)
+    b = randn(2) if bias else None
+    state = randn(len(borders) - 1, width - 1, 2) if start else None
+    inputs = [t for t in (x, weight, b, state) if t is not None and t.numel()]
+    results = []
+    for op in (short_conv, loop.short_conv):
+        y, tail = op(x, weight, b, state, activation="silu", cu_seqlens=torch.tensor(borders))
+        probe = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        total = (y * probe).sum() + (tail**3).sum()
+        results.append((y, tail, *torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-10)
+
+
+def test_16_packed_padded_and_separate_segments_are_the_same():
+    conv, lengths = ShortConv(3, bias=True).double(), [5, 0, 1, 3]
+    x, state = torch.randn(1, 9, 3, dtype=torch.float64), ShortConvState(torch.randn(4, 3, 3, dtype=torch.float64))
+    packed, end = conv(x, state, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+    rows = x.new_full((4, 5, 3), torch.nan)
+    real = torch.arange(5) < torch.tensor(lengths)[:, None]
+    rows[real] = x[0]
+    padded, padded_end = conv(rows, state, lengths=torch.tensor(lengths))
+    separate = [conv(part, state.reorder([i])) for i, part in enumerate(x.split(lengths, 1)) if part.shape[1]]
+    assert_close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
+    assert_close(padded[real], packed[0])
+    assert_close(padded_end.tail, end.tail)
+    assert_close(torch.cat([y for y, _ in separate], 1), packed)
+    assert_close(torch.cat([one.tail for _, one in separate]), end.tail[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_17_gradcheck_on_segments_of_length_0_1_2_3(width):
+    cu_seqlens = torch.tensor([0, 0, 1, 3, 6])
+
+    def function(*inputs):
+        return short_conv(*inputs, activation="silu", cu_seqlens=cu_seqlens)
+
+    inputs = randn(1, 6, 2), randn(2, width), randn(2), randn(4, width - 1, 2)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=False)
+
+
+def test_nothing_crosses_the_border_of_a_segment():
+    conv, x = ShortConv(2), torch.randn(1, 8, 2)
+    state = ShortConvState(torch.randn(3, 3, 2))
+    cu_seqlens = torch.tensor([0, 3, 3, 8])
+    y, end = conv(x, state, cu_seqlens=cu_seqlens)
+    changed, other = x.clone(), state.clone()
+    changed[:, :3] = 100.0
+    other.tail[:2] = -100.0
+    y_changed, end_changed = conv(changed, other, cu_seqlens=cu_seqlens)
+    assert torch.equal(y_changed[:, 3:], y[:, 3:])
+    assert torch.equal(end_changed.tail[2], end.tail[2])
+    assert not torch.equal(y_changed[:, 2], y[:, 2])
+
+
+def test_an_empty_segment_keeps_its_tail_to_the_last_bit_and_a_fresh_one_stays_zero():
+    conv, x, cu_seqlens = ShortConv(2), torch.randn(1, 4, 2), torch.tensor([0, 0, 4, 4])
+    state = ShortConvState(torch.randn(3, 3, 2))
+    end, fresh = (conv(x, before, cu_seqlens=cu_seqlens)[1] for before in (state, None))
+    assert torch.equal(end.tail[[0, 2]], state.tail[[0, 2]])
+    assert not fresh.tail[[0, 2]].any()
+    assert torch.equal(end.tail[1], x[0, 1:])
+
+
+def test_the_work_on_segments_is_the_same_however_many_there_are():
+    conv = ShortConv(2)
+
+    def operations(borders):
+        with profile(activities=[ProfilerActivity.CPU]) as events:
+            conv(torch.zeros(1, 32, 2), cu_seqlens=torch.tensor(borders))
+        return sum(event.count for event in events.key_averages())
+
+    operations([0, 32])
+    assert operations([0, 32]) == operations(list(range(33)))
+
+
+def test_segments_on_a_device_are_convolved_without_a_look_at_their_borders():
+    with torch.device("meta"):  # has no numbers to look at
+        conv = ShortConv(3)
+        y, end = conv(torch.zeros(1, 7, 3), conv.initial_state(2), cu_seqlens=torch.zeros(3, dtype=torch.int32))
+    assert (y.shape, end.tail.shape, y.device.type) == ((1, 7, 3), (2, 3, 3), "meta")
+
+
+def test_segments_compile_whole_and_for_any_borders():
+    conv, x = ShortConv(3), torch.randn(1, 6, 3)
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
+    for borders in ([0, 2, 6], [0, 0, 6]):
+        cu_seqlens = torch.tensor(borders)
+        ours, theirs = (f(x, conv.initial_state(2), cu_seqlens=cu_seqlens) for f in (compiled, conv))
+        torch.testing.assert_close(ours[0], theirs[0])
+        assert torch.equal(ours[1].tail, theirs[1].tail)
 
 
 def test_the_tail_is_the_last_inputs_with_zeros_before_the_first():
@@ -139,6 +248,9 @@ def test_a_layer_that_cannot_be_is_refused(options, words):
         ShortConv(**{"channels": 2} | options)
 
 
+SEGMENTS = {"x": torch.zeros(1, 5, 3), "cu_seqlens": torch.tensor([0, 2, 5])}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -149,6 +261,15 @@ def test_a_layer_that_cannot_be_is_refused(options, words):
         ({"state": torch.zeros(2, 4, 3)}, r"state has shape \(2, 4, 3\).*\(2, 3, 3\).*previous call"),
         ({"activation": "silo"}, "did you mean 'silu'"),
         ({"lengths": torch.zeros(3)}, r"lengths has shape \(3,\).*\(2,\)"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "x has batch 2; with cu_seqlens .*batch 1"),
+        (SEGMENTS | {"lengths": torch.tensor([5])}, "lengths and cu_seqlens .*pass one of them"),
+        (SEGMENTS | {"cu_seqlens": torch.tensor([0])}, r"cu_seqlens has shape \(1,\).*segments >= 1"),
+        (SEGMENTS | {"cu_seqlens": torch.tensor([[0, 5]])}, r"cu_seqlens has shape \(1, 2\)"),
+        (SEGMENTS | {"cu_seqlens": torch.tensor([0.0, 5.0])}, "dtype torch.float32.*integers"),
+        (SEGMENTS | {"cu_seqlens": torch.tensor([1, 5])}, r"cu_seqlens=\[1, 5\] .*start with 0"),
+        (SEGMENTS | {"cu_seqlens": torch.tensor([0, 4])}, r"cu_seqlens=\[0, 4\] .*end with 5"),
+        (SEGMENTS | {"cu_seqlens": torch.tensor([0, 4, 2, 5])}, "never fall"),
+        (SEGMENTS | {"state": torch.zeros(1, 3, 3)}, r"state has shape \(1, 3, 3\).*\(2, 3, 3\)"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, words):
