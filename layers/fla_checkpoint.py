@@ -18,7 +18,7 @@ def mixture_from_fla(layer: "MixtureOfMemories", state_dict: dict[str, Tensor]) 
         state_dict: fla's names, without what stands before the layer's.
 
     Raises:
-        ValueError: The layer has options fla lacks, or names are missing or unknown. Shapes are checked by loading.
+        ValueError: The layer has options fla lacks, or names or shapes are not those of a layer with its options.
     """
     if layer.rule_name != "gated_deltanet" or layer.conv_place != "bucket":
         raise ValueError(
@@ -45,7 +45,14 @@ def mixture_from_fla(layer: "MixtureOfMemories", state_dict: dict[str, Tensor]) 
     if layer.output_gate is not None:
         names["output_gate.weight"] = ["g_proj.weight"]
     _check_names(state_dict, [name for parts in names.values() for name in parts])
-    return {name: _join([state_dict[part] for part in parts]) for name, parts in names.items()}
+    loaded = {name: _join([state_dict[part] for part in parts]) for name, parts in names.items()}
+    for name, own in layer.state_dict().items():
+        if loaded[name].shape != own.shape:
+            raise ValueError(
+                f"state_dict holds {' and '.join(names[name])}, together of shape {tuple(loaded[name].shape)}, but "
+                f"{name} of the layer has {tuple(own.shape)}; build the layer as the checkpoint's config says"
+            )
+    return loaded
 
 
 def _check_names(state_dict: dict[str, Tensor], expected: Iterable[str]) -> None:

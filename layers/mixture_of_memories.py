@@ -1,5 +1,6 @@
 """Mixture-of-Memories: several matrix memories, of which every token writes and reads a few."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -74,7 +75,7 @@ class MixtureOfMemories(SequenceMixer):
             same query, and one tail is carried instead of M + 1. None: no convolution.
         conv_width: Width of the convolution.
         balance: The auxiliary loss, reported to the trace: ``"layer"``, ``"pooled"`` or ``"layer_sequence"``, see
-            ``memzoo.layers.balance``; None for none.
+            ``memzoo.layers.balance``; None for none. With ``top_k=1`` the last one does not reach the router.
         balance_weight: Its factor. The paper's ablation is best at 0.001, its released configurations have 0.01.
         tie_key_values: Let all memories share one projection to keys, values and gates; only the routing differs.
         output_gate: Gate the normalised output.
@@ -219,7 +220,7 @@ class MixtureOfMemories(SequenceMixer):
         o, memories, tails = self._recur(tokens, position, buckets, weights, own.memories, tails, donate)
         if real is not None:
             o = o.new_zeros(x.shape[0] * x.shape[1], *o.shape[1:]).index_copy(0, real, o)
-        seen = torch.tensor(buckets.counts, device=x.device).T + own.tokens_seen
+        seen = buckets.seen.T + own.tokens_seen
         if trace is not None:
             self._report(trace, x, real, probabilities, indices, row_of, memories, buckets)
         y = self.output(o.unflatten(0, x.shape[:2]), x)
@@ -245,8 +246,10 @@ class MixtureOfMemories(SequenceMixer):
         """Return the probabilities (tokens, M) and the weights and memories (tokens, k) of every token."""
         with no_autocast(tokens.device):
             wide = wider(tokens)
-            probabilities = F.linear(wide, self.router.weight.to(wide.dtype)).softmax(-1)
-            weights, indices = probabilities.topk(self.top_k, dim=-1)
+            logits = F.linear(wide, self.router.weight.to(wide.dtype))
+            probabilities = logits.softmax(-1)
+            indices = logits.topk(self.top_k, dim=-1).indices  # where a router is sure, probabilities tie at zero
+            weights = probabilities.gather(-1, indices)
             if self.renormalize:
                 weights = weights / weights.sum(-1, keepdim=True)
         return probabilities, weights, indices
@@ -274,12 +277,12 @@ class MixtureOfMemories(SequenceMixer):
         if not held:
             return q.new_zeros(0, self.rule.num_value_heads, self.rule.value_dim), memories, tails
         ends = torch.tensor([0, *(lengths[m][b] for m, b in held)]).cumsum(0)
-        where = torch.tensor([b * count + m for m, b in held], dtype=torch.long, device=tokens.device)
+        where = torch.tensor([b * count + m for m, b in held]).to(tokens.device, non_blocking=True)
 
         if self.conv is not None and self.conv_place == "bucket":
             flat = cast(Tensor, tails).flatten(0, 1)
             keys = self.widths[0]
-            border = ends.to(tokens.device)
+            border = ends.to(tokens.device, non_blocking=True)
             part = flat.index_select(0, where)
             q, q_tail = self._convolve(q, part, slice(keys), border)
             kv, kv_tail = self._convolve(kv, part, slice(keys, None), border)
@@ -361,11 +364,10 @@ class MixtureOfMemories(SequenceMixer):
             report_balance(trace, self.balance, self.balance_weight, probabilities, indices, row_of, len(memories))
         if not trace.wants_signals:
             return
-        load = torch.tensor(buckets.sizes, dtype=probabilities.dtype, device=x.device)
-        load = load / load.sum().clamp_min(1)
+        load = buckets.seen.sum(1) / max(len(buckets.order), 1)
         trace.signal("load", load)
-        entropy = -torch.xlogy(load, load).sum()
-        trace.signal("load_entropy", entropy / max(torch.tensor(float(self.num_memories)).log().item(), 1e-9))
+        if self.num_memories > 1:
+            trace.signal("load_entropy", -torch.xlogy(load, load).sum() / math.log(self.num_memories))
         if real is not None:
             grid = probabilities.new_zeros(x.shape[0] * x.shape[1], self.num_memories)
             probabilities = grid.index_copy(0, real, probabilities)

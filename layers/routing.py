@@ -18,6 +18,7 @@ class Buckets:
         place: (tokens * k,) where every copy lies; the inverse of ``order``.
         counts: Tokens of every bucket, memories first: ``counts[memory][row]``.
         row_counts: Tokens of every row.
+        seen: (memories, rows), ``counts`` on the device.
         k: Copies of a token.
     """
 
@@ -25,6 +26,7 @@ class Buckets:
     place: Tensor
     counts: list[list[int]]
     row_counts: list[int]
+    seen: Tensor
     k: int
 
     @staticmethod
@@ -39,8 +41,9 @@ class Buckets:
         place[order] = torch.arange(len(order), device=order.device)
         ends = torch.cat((bucket, row_of + num_memories * num_rows))
         counts = bucket.new_zeros((num_memories + 1) * num_rows).index_add_(0, ends, torch.ones_like(ends))
-        *own, rows = counts.view(-1, num_rows).tolist()
-        return Buckets(order, place, own, rows, indices.shape[1])
+        counts = counts.view(-1, num_rows)
+        *own, rows = counts.tolist()
+        return Buckets(order, place, own, rows, counts[:-1], indices.shape[1])
 
     def take(self, x: Tensor) -> Tensor:
         """(tokens, ...) -> (copies, ...), every token copied into its buckets."""

@@ -12,7 +12,7 @@ from memzoo.layers.ops.memory_arguments import blank_behind, working_dtype
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.ops.recurrence_fla import choose_fla, recur_by_fla
 from memzoo.layers.ops.recurrence_scan import RecurrenceScan
-from memzoo.layers.ops.segment_grid import SegmentGrid
+from memzoo.layers.ops.segment_grid import SegmentGrid, check_segments
 
 BACKENDS = ("torch", "fla")
 
@@ -90,7 +90,7 @@ def recur(
 def _run_segments(tokens: Tokens, state: Tensor, chunk_size: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Run segments of the given lengths; those without a token keep their state."""
     taken = [i for i, length in enumerate(lengths) if length]
-    index = torch.tensor(taken, device=state.device) if len(taken) < len(lengths) else None
+    index = torch.tensor(taken).to(state.device, non_blocking=True) if len(taken) < len(lengths) else None
     own = state if index is None else state.index_select(0, index)
     lengths = [lengths[i] for i in taken]
     if max(lengths) == 1:
@@ -187,34 +187,17 @@ def check_recurrence(
         )
     check_positive("chunk_size", chunk_size)
     check_backend(backend, BACKENDS)
-    if lengths is not None and cu_seqlens is not None:
-        raise ValueError("lengths and cu_seqlens are both given; pass lengths for padded rows, cu_seqlens for one row")
-    if lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
+    if cu_seqlens is not None:
+        check_segments(cu_seqlens, "q", q, lengths)
+    elif lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
         raise ValueError(
             f"lengths has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; it must be (batch,) = ({batch},) "
             f"integers"
         )
-    rows = batch if cu_seqlens is None else _count_segments(cu_seqlens, batch, time)
+    rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
     expected = (rows, v.shape[2], width, v.shape[3])
     if state is not None and (state.shape != expected or not state.is_floating_point()):
         raise ValueError(
             f"state has shape {tuple(state.shape)} and dtype {state.dtype}; it must be floating point, (rows, value "
             f"heads, key width, value width) = {expected}: pass what the previous call returned, or None"
         )
-
-
-def _count_segments(cu_seqlens: Tensor, batch: int, time: int) -> int:
-    if batch != 1:
-        raise ValueError(f"cu_seqlens needs all segments in a single row, but batch is {batch}; flatten it to 1")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be (segments + 1,) "
-            f"integers"
-        )
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != time or any(stop < start for start, stop in pairwise(ends)):
-        raise ValueError(
-            f"cu_seqlens={ends if len(ends) < 10 else [*ends[:4], '...', *ends[-4:]]} does not run from 0 to "
-            f"time={time} without a step back; pass cat([0, lengths.cumsum(0)])"
-        )
-    return len(ends) - 1

@@ -24,12 +24,10 @@ def choose_fla(backend: str, q: Tensor) -> bool:
     Raises:
         ValueError: It was asked for and does not apply.
     """
-    if backend == "torch" or (backend == "auto" and not is_installed("fla")):
-        return False
     obstacle = _obstacle(q)
     if obstacle and backend == "fla":
         raise ValueError(f"backend='fla' does not apply: {obstacle}, or use backend='auto'")
-    return not obstacle
+    return backend != "torch" and not obstacle and is_installed("fla")
 
 
 def _obstacle(q: Tensor) -> str:

@@ -105,3 +105,30 @@ class SegmentGrid:
 def slices(active: tuple[int, ...]) -> list[slice]:
     """Return the chunks of every step of the scan."""
     return [slice(end - count, end) for count, end in zip(active, accumulate(active), strict=True)]
+
+
+def check_segments(cu_seqlens: Tensor, name: str, x: Tensor, lengths: Tensor | None) -> None:
+    """Check the borders of segments that lie end to end in ``x`` (1, time, ...), called ``name`` in messages.
+
+    What they hold is read on the CPU only: elsewhere a look would wait for the device.
+
+    Raises:
+        ValueError: ``lengths`` is given too, there are several rows, or the borders do not fit.
+    """
+    if lengths is not None:
+        raise ValueError("lengths and cu_seqlens both say which tokens exist; pass one of them, or neither")
+    if x.shape[0] != 1:
+        raise ValueError(f"{name} has batch {x.shape[0]}; with cu_seqlens all segments lie in one row: use batch 1")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
+            f"it must be (segments + 1,) integers, with segments >= 1"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        borders = cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != x.shape[1] or borders != sorted(borders):
+            shown = borders if len(borders) < 10 else [*borders[:4], "...", *borders[-4:]]
+            raise ValueError(
+                f"cu_seqlens={shown} does not cut {x.shape[1]} tokens into segments; "
+                f"it must start with 0, never fall, and end with {x.shape[1]}"
+            )

@@ -1,0 +1,370 @@
+"""What the linear recurrence and the delta rule have in common: each of the six rules against its loop over tokens.
+
+Numbered as in the specification; float64 unless a test says otherwise.
+"""
+
+import inspect
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.layers.recurrence_cases import (
+    RULES,
+    Case,
+    Rule,
+    assert_close,
+    assert_same_bits,
+    borders,
+    cast,
+    make_case,
+    random_cases,
+    run,
+    tokens,
+    without,
+)
+
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+with_decay = [name for name, rule in RULES.items() if rule.decay is not None]
+each_decay = pytest.mark.parametrize("rule", [RULES[name] for name in with_decay], ids=with_decay)
+NAMES = {"linear_recurrence": RULES["ssd"], "delta_rule": RULES["gated_deltanet"]}
+each_op = pytest.mark.parametrize("rule", NAMES.values(), ids=NAMES)
+
+
+@each_op
+def test_00_op_and_reference_have_one_signature(rule):
+    assert inspect.signature(rule.op) == inspect.signature(rule.loop)
+
+
+# 4. The chunk form equals the loop.
+
+
+@cache
+def long_case(name: str, start: bool) -> tuple[Case, dict[str, Tensor]]:
+    """A case of more than one chunk of 64, and what the loop makes of it."""
+    rule = RULES[name]
+    case = make_case(rule, time=70, group=2)
+    case = case if start else without(case, "state")
+    return case, run(rule.loop, case)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 32, 64])
+@pytest.mark.parametrize("start", [False, True], ids=["fresh", "continued"])
+@pytest.mark.parametrize("name", RULES)
+def test_04_outputs_state_and_all_gradients_equal_the_loop(name, start, chunk_size):
+    case, expected = long_case(name, start)
+    assert_close(run(RULES[name].op, case, chunk_size=chunk_size), expected)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Rule, Case, dict[str, object]]:
+    """Any arguments the ops accept: shapes, ragged rows, segments, and every option beside every other."""
+    rule = draw(st.sampled_from(list(RULES.values())))
+    layout = draw(st.sampled_from(["dense", "lengths", "cu_seqlens"]))
+    options: dict[str, object] = {
+        "chunk_size": draw(st.sampled_from([1, 2, 3, 4, 8, 16, 64])),
+        "scale": draw(st.sampled_from([None, 1.0, -0.3])),
+    }
+    batch, time, states = draw(st.integers(1, 3)), draw(st.integers(1, 20)), None
+    if layout == "lengths":
+        lengths = st.lists(st.integers(0, time), min_size=batch, max_size=batch).filter(any)
+        options["lengths"] = torch.tensor(draw(lengths))
+    elif layout == "cu_seqlens":
+        segments = draw(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any))
+        batch, time, states = 1, sum(segments), len(segments)
+        options["cu_seqlens"] = borders(segments)
+    sizes = {name: draw(st.integers(1, 3)) for name in ("heads", "group", "key_dim", "value_dim")}
+    case = make_case(rule, batch=batch, time=time, states=states, seed=draw(st.integers(0, 99)), **sizes)
+    return rule, case if draw(st.booleans()) else without(case, "state"), options
+
+
+@random_cases
+@given(cases())
+def test_04_it_equals_the_loop_whatever_the_arguments(drawn):
+    rule, case, options = drawn
+    assert_close(run(rule.op, case, **options), run(rule.loop, case, **options))
+
+
+@each_rule
+@pytest.mark.parametrize("output", [0, 1], ids=["y", "state"])
+def test_04_every_output_alone_has_its_gradients(rule, output):
+    case, parts = make_case(rule, time=9), []
+    for function in (rule.op, rule.loop):
+        leaves = {name: x.clone().requires_grad_() for name, x in case.items()}
+        total = (function(**leaves, chunk_size=4)[output] ** 3).sum()
+        parts.append(torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True))
+    assert_close(*parts)
+
+
+@each_rule
+def test_04_every_input_alone_has_its_gradient(rule):
+    case = make_case(rule, time=9)
+    together = run(rule.op, case, chunk_size=4)
+    for name in case:
+        alone = run(lambda x, name=name: rule.op(**case | {name: x}, chunk_size=4), {"x": case[name]})
+        assert_same_bits(alone["gradient of x"], together[f"gradient of {name}"])
+
+
+@each_rule
+def test_04_without_gradients_the_results_are_the_same_bits(rule):
+    case = make_case(rule, time=20)
+    expected = run(rule.op, case, chunk_size=8)
+    with torch.inference_mode():
+        y, state = rule.op(**case, chunk_size=8)
+    assert_same_bits((y, state), (expected["y"], expected["state"]))
+
+
+@each_decay
+@pytest.mark.parametrize("chunk_size", [16, 64])
+def test_04_strong_decays_among_weak_ones_equal_the_loop(rule, chunk_size):
+    case = make_case(rule, time=70)
+    strengths = torch.tensor([-200.0, -20.0, -1.0, -1e-3, 0.0], dtype=torch.float64)
+    case["log_decay"] = strengths[torch.randint(5, case["log_decay"].shape, generator=torch.Generator().manual_seed(2))]
+    expected = run(rule.loop, case)
+    assert_close(run(rule.op, case, chunk_size=chunk_size), expected)
+    single = run(rule.op, cast(case, torch.float32), chunk_size=chunk_size)
+    assert_close({name: x.double() for name, x in single.items()}, expected, 1e-5)
+
+
+# 9. Streaming.
+
+
+@random_cases
+@given(st.sampled_from(list(RULES.values())), st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_09_any_cutting_gives_the_results_and_gradients_of_one_call(rule, pieces):
+    case = make_case(rule, time=sum(pieces))
+
+    def stream(state, **inputs):
+        outputs, start = [], 0
+        for length in pieces:
+            y, state = rule.op(**tokens(inputs, times=slice(start, start + length)), state=state, chunk_size=4)
+            outputs.append(y)
+            start += length
+        return torch.cat(outputs, 1), state
+
+    assert_close(run(stream, case), run(rule.op, case, chunk_size=4))
+
+
+# 16. Rows of given lengths, segments of one row, separate calls.
+
+LENGTHS = {
+    "uneven": [1, 40, 2],
+    "empty": [0, 5, 0, 0, 17, 3, 0],
+    "one": [23],
+    "equal": [16, 16],
+    "single_tokens": [1, 1, 1],
+}
+
+
+@each_rule
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_16_packed_padded_and_separate_sequences_give_the_same(rule, lengths):
+    packed = make_case(rule, batch=1, time=sum(lengths), states=len(lengths), group=2)
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+    def pad_and_run(state, **inputs):
+        # What lies behind a row may be anything.
+        rows = {name: x.new_full((*real.shape, *x.shape[2:]), torch.nan) for name, x in inputs.items()}
+        rows = {name: x.index_put((real,), inputs[name][0]) for name, x in rows.items()}
+        y, state = rule.op(**rows, state=state, lengths=torch.tensor(lengths), chunk_size=8)
+        assert not y[~real].any()
+        return y[real][None], state
+
+    def run_separately(state, **inputs):
+        outputs, ends, start = [], [], 0
+        for row, length in enumerate(lengths):
+            y, end = inputs["v"][:, :0], state[row : row + 1]
+            if length:
+                y, end = rule.op(**tokens(inputs, times=slice(start, start + length)), state=end, chunk_size=8)
+            outputs.append(y)
+            ends.append(end)
+            start += length
+        return torch.cat(outputs, 1), torch.cat(ends)
+
+    expected = run(rule.loop, packed, cu_seqlens=borders(lengths))
+    assert_close(run(rule.op, packed, cu_seqlens=borders(lengths), chunk_size=8), expected)
+    assert_close(run(pad_and_run, packed), expected)
+    assert_close(run(run_separately, packed), expected)
+
+
+@each_rule
+@pytest.mark.parametrize("chunk_size", [4, 64])
+def test_16_nan_behind_a_row_reaches_no_output_state_or_gradient(rule, chunk_size):
+    case, lengths = make_case(rule, batch=3, time=9), torch.tensor([4, 9, 0])
+    behind = torch.arange(9) >= lengths[:, None]
+    poisoned = {name: x if name == "state" else x.clone() for name, x in case.items()}
+    for name in without(case, "state"):
+        poisoned[name][behind] = torch.nan
+    expected = run(rule.loop, case, lengths=lengths)
+    actual = run(rule.op, poisoned, lengths=lengths, chunk_size=chunk_size)
+    assert_close(actual, expected)
+    assert not actual["y"][behind].any()
+
+
+@each_rule
+def test_16_no_token_changes_another_segment_or_an_earlier_output(rule):
+    case, cu_seqlens = make_case(rule, batch=1, time=30, states=3), torch.tensor([0, 11, 11, 30])
+    y, state = rule.op(**case, cu_seqlens=cu_seqlens, chunk_size=8)
+    other = make_case(rule, batch=1, time=30, states=3, seed=1)
+    changed = {name: torch.cat((x[:, :20], other[name][:, 20:]), 1) for name, x in tokens(case).items()}
+    y_changed, state_changed = rule.op(**changed, state=case["state"], cu_seqlens=cu_seqlens, chunk_size=8)
+    assert_same_bits((y_changed[:, :20], state_changed[:2]), (y[:, :20], state[:2]))
+    assert not torch.equal(y_changed[:, 20], y[:, 20])
+    assert not torch.equal(state_changed[2], state[2])
+
+
+@each_rule
+def test_16_an_empty_row_or_segment_keeps_its_state_to_the_last_bit(rule):
+    case = make_case(rule, batch=2, time=5)
+    _, state = rule.op(**case, lengths=torch.tensor([0, 5]))
+    assert_same_bits(state[0], case["state"][0])
+    y, state = rule.op(**case, lengths=torch.tensor([0, 0]))
+    assert_same_bits((y, state), (torch.zeros_like(y), case["state"]))
+    case = make_case(rule, batch=1, time=5, states=3)
+    _, state = rule.op(**case, cu_seqlens=torch.tensor([0, 0, 5, 5]))
+    assert_same_bits(state[[0, 2]], case["state"][[0, 2]])
+    _, fresh = rule.op(**without(case, "state"), cu_seqlens=torch.tensor([0, 0, 5, 5]))
+    assert not fresh[[0, 2]].any()
+
+
+# 17. Short segments.
+
+
+@each_rule
+def test_17_gradcheck_on_segments_of_length_0_1_2_3(rule):
+    case = make_case(rule, batch=1, time=6, states=4, heads=1, group=2, key_dim=2, value_dim=2)
+    cu_seqlens = borders([0, 1, 2, 3])
+
+    def function(*values):
+        return rule.op(**dict(zip(case, values, strict=True)), cu_seqlens=cu_seqlens, chunk_size=2)
+
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in case.values()], fast_mode=False)
+
+
+# 22. Long and strongly decayed, in float32.
+
+
+@each_decay
+def test_22_fifty_thousand_steps_that_forget_all_are_finite_and_exact(rule):
+    case = cast(make_case(rule, batch=1, time=50_000, heads=1, key_dim=4, value_dim=4), torch.float32)
+    case["log_decay"].fill_(-200.0)
+
+    def only_the_token_itself(q, k, v, state, log_decay, beta=None):
+        u = v if beta is None else beta[..., None] * v
+        return 0.5 * (q * k).sum(-1, keepdim=True) * u, k[:, -1, :, :, None] * u[:, -1, :, None, :]
+
+    actual = run(rule.op, case)
+    assert all(x.isfinite().all() for x in actual.values())
+    assert_close(actual, run(only_the_token_itself, case), 1e-5)
+
+
+# Dtypes, states, compilers.
+
+
+@each_rule
+def test_bfloat16_is_computed_and_carried_in_float32(rule):
+    case = cast(make_case(rule, time=40), torch.bfloat16)
+    y, state = rule.op(**case, chunk_size=16)
+    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    y_loop, state_loop = rule.loop(**cast(case, torch.float64))
+    assert_close(state.double(), state_loop, 1e-5)
+    torch.testing.assert_close(y.double(), y_loop, rtol=2**-8, atol=1e-5)  # half a unit of the last of 8 bits
+
+
+@each_rule
+def test_the_widest_dtype_decides_and_outputs_have_that_of_the_values(rule):
+    case = cast(make_case(rule), torch.float32)
+    y, state = rule.op(**case | {"state": case["state"].double()})
+    assert (y.dtype, state.dtype) == (torch.float32, torch.float64)
+
+
+@each_rule
+def test_gradients_have_the_dtypes_of_their_inputs(rule):
+    case = cast(make_case(rule), torch.bfloat16) | {"state": make_case(rule)["state"].float()}
+    results = run(rule.op, case)
+    assert {name: results[f"gradient of {name}"].dtype for name in case} == {name: x.dtype for name, x in case.items()}
+
+
+@each_rule
+def test_autocast_changes_no_bit(rule):
+    case = cast(make_case(rule, time=20), torch.float32)
+    expected = run(rule.op, case)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(run(rule.op, case), expected)
+
+
+@each_rule
+@pytest.mark.parametrize("layout", ["dense", "lengths", "cu_seqlens"])
+def test_no_argument_is_changed_and_the_returned_state_shares_no_memory(rule, layout):
+    case = make_case(rule, batch=1, time=20)
+    options = {"lengths": {"lengths": torch.tensor([20])}, "cu_seqlens": {"cu_seqlens": borders([20])}}.get(layout, {})
+    before = {name: x.clone() for name, x in case.items()}
+    leaves = {name: x.requires_grad_() for name, x in case.items()}
+    y, state = rule.op(**leaves, **options, chunk_size=8)
+    (y.sum() + state.sum()).backward()
+    assert_same_bits({name: x.detach() for name, x in case.items()}, before)
+    state.detach().zero_()
+    assert_same_bits(case["state"].detach(), before["state"])
+
+
+@pytest.mark.parametrize("rule", [RULES["gla"], RULES["kda"]], ids=["gla", "kda"])
+def test_it_compiles_whole_with_its_gradients(rule):
+    case = make_case(rule, time=20)
+    compiled = torch.compile(rule.op, fullgraph=True, backend="aot_eager")
+    assert_close(run(compiled, case, chunk_size=8), run(rule.op, case, chunk_size=8), 1e-12)
+
+
+@each_rule
+def test_shapes_can_be_traced_on_the_meta_device(rule):
+    y, state = rule.op(**{name: x.to("meta") for name, x in make_case(rule, group=2).items()})
+    assert (y.shape, state.shape, y.device.type) == ((2, 11, 4, 4), (2, 4, 3, 4), "meta")
+
+
+# Arguments that do not fit.
+
+INTEGERS = {name: torch.zeros(2, 5, 2, width).long() for name, width in {"q": 3, "k": 3, "v": 4}.items()}
+WRONG = {
+    "axes": ({"q": torch.zeros(2, 5, 3)}, r"q has shape \(2, 5, 3\)"),
+    "no_tokens": ({"q": torch.zeros(2, 0, 2, 3)}, r"q has shape \(2, 0, 2, 3\).*time >= 1"),
+    "k": ({"k": torch.zeros(2, 5, 2, 4)}, r"k has shape \(2, 5, 2, 4\).*\(2, 5, 2, 3\)"),
+    "v_time": ({"v": torch.zeros(2, 4, 2, 4)}, r"v has shape \(2, 4, 2, 4\)"),
+    "v_heads": ({"v": torch.zeros(2, 5, 3, 4)}, r"v has shape \(2, 5, 3, 4\).*multiple"),
+    "log_decay": ({"log_decay": torch.zeros(2, 5, 2, 4)}, r"log_decay has shape \(2, 5, 2, 4\).*\(2, 5, 2, 3\)"),
+    "state": ({"state": torch.zeros(2, 2, 4, 3)}, r"state has shape \(2, 2, 4, 3\).*\(2, 2, 3, 4\)"),
+    "dtypes": ({"k": torch.zeros(2, 5, 2, 3)}, "k.* dtypes? .*float32"),
+    "integers": (INTEGERS, "q.* dtypes? .*int64"),
+    "chunk_size": ({"chunk_size": 0}, "chunk_size=0"),
+    "backend": ({"backend": "trch"}, "backend='trch'.*did you mean 'torch'"),
+    "lengths": ({"lengths": torch.zeros(3).long()}, r"lengths has shape \(3,\).*\(2,\)"),
+    "lengths_dtype": ({"lengths": torch.zeros(2)}, "lengths .*torch.float32"),
+    "batch": ({"cu_seqlens": borders([5])}, "batch.*cu_seqlens"),
+}
+WRONG_SEGMENTS = {
+    "state_rows": ({"state": torch.zeros(1, 2, 3, 4)}, r"state has shape \(1, 2, 3, 4\).*\(2, 2, 3, 4\)"),
+    "lengths": ({"lengths": torch.tensor([5])}, "lengths and cu_seqlens"),
+    "none": ({"cu_seqlens": torch.tensor([0])}, r"cu_seqlens has shape \(1,\)"),
+    "axes": ({"cu_seqlens": torch.tensor([[0, 5]])}, r"cu_seqlens has shape \(1, 2\)"),
+    "dtype": ({"cu_seqlens": torch.tensor([0.0, 2.0, 5.0])}, "cu_seqlens .*torch.float32"),
+    "first": ({"cu_seqlens": torch.tensor([1, 2, 5])}, r"cu_seqlens=\[1, 2, 5\]"),
+    "last": ({"cu_seqlens": torch.tensor([0, 2, 4])}, r"cu_seqlens=\[0, 2, 4\].*5"),
+    "falling": ({"cu_seqlens": torch.tensor([0, 6, 5])}, r"cu_seqlens=\[0, 6, 5\]"),
+}
+each_arity = pytest.mark.parametrize("rule", [RULES["gla"], RULES["kda"]], ids=["linear_recurrence", "delta_rule"])
+
+
+@each_arity
+@pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG)
+def test_arguments_that_do_not_fit_are_named(rule, change, words):
+    with pytest.raises(ValueError, match=words):
+        rule.op(**make_case(rule, time=5) | change)
+
+
+@each_arity
+@pytest.mark.parametrize(("change", "words"), WRONG_SEGMENTS.values(), ids=WRONG_SEGMENTS)
+def test_segments_that_do_not_fit_are_named(rule, change, words):
+    case = make_case(rule, batch=1, time=5, states=2)
+    with pytest.raises(ValueError, match=words):
+        rule.op(**case | {"cu_seqlens": torch.tensor([0, 2, 5])} | change)
