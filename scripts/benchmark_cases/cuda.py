@@ -99,6 +99,8 @@ def cases(
         q, k, v, theta, _, alpha, weight = inputs(1)
         return train_function(run, [q, k, v, theta, alpha, weight])
 
+    kernels_missing = missing("fla") if device == "cuda" else "its kernels need a CUDA device"
+
     def fla() -> Work:
         q, k, v, theta, _, alpha, _ = inputs(1)
         return train_function(gated_delta_rule, fla_inputs(q, k, v, theta, alpha))
@@ -113,7 +115,7 @@ def cases(
             variant("ops.neural_memory, float32", lambda: in_chunks(depth), products),
             variant("ops.neural_memory, TF32, compiled, a call a chunk", lambda: in_tf32(compiled(depth)), products),
             *more,
-            Variant(FLA, fla, batch * time, missing=absent or missing("fla")),
+            Variant(FLA, fla, batch * time, missing=absent or kernels_missing),
         ]
 
     solved = online_products(batch, time, heads, head_dim=head_dim, chunk_size=chunk)

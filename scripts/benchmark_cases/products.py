@@ -58,3 +58,18 @@ def online_products(batch: int, time: int, heads: int, *, head_dim: int, chunk_s
         Product(rows, c, wide, d, count=chunks * (1 + 1)),  # carried errors; backward of updates
         Product(rows, wide, c, d, count=chunks * (1 + 1)),  # updates; backward of carried errors
     )
+
+
+def delta_products(batch: int, time: int, heads: int, *, head_dim: int, chunk_size: int) -> tuple[Product, ...]:
+    """Products of ``ops.delta_rule`` with keys and values of one width; the triangular inverse counts as nothing."""
+    rows, chunks, c, d = batch * heads, time // chunk_size, chunk_size, head_dim
+    every = rows * chunks
+    return (
+        Product(every, c, d, c, count=2 + 2),  # scores of keys and queries; backward of mixing and system
+        Product(every, c, c, d, count=1 + 5),  # mixing; its backward, that of both scores
+        Product(every, c, d, d, count=1 + 3),  # reads; backward of reads, of updates, of carried errors
+        Product(every, d, c, d, count=1),  # backward of reads
+        Product(rows, c, d, d, count=chunks * (1 + 1)),  # carried errors; backward of updates
+        Product(rows, c, c, d, count=chunks * (1 + 1)),  # the system's errors; their backward
+        Product(rows, d, c, d, count=chunks * (1 + 1)),  # updates; backward of carried errors
+    )

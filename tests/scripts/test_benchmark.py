@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memzoo.layers import NeuralMemory
+from memzoo.layers.ops.delta_rule import delta_rule
 from memzoo.layers.ops.neural_memory import neural_memory
 from memzoo.layers.ops.neural_memory_online import neural_memory_online
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-MODULES = ("benchmark", "page", "cases", "case", "products", "neural_memory", "titans_mac", "cuda")
+MODULES = ("benchmark", "page", "cases", "case", "products", "neural_memory", "recurrence", "titans_mac", "cuda")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,12 @@ def test_cases_are_chosen_by_group_and_by_name(bench):
         return [case.name for case in bench.benchmark.chosen_cases(list(patterns))]
 
     assert chosen("mac", "neural_memory_step") == ["neural_memory_step", "titans_mac_train", "titans_mac_decode"]
-    assert chosen("*_growth") == ["neural_memory_growth", "neural_memory_depth_growth", "sliding_window_growth"]
+    assert chosen("sliding*", "neural*_growth") == [
+        "neural_memory_growth",
+        "neural_memory_depth_growth",
+        "sliding_window_growth",
+        "sliding_window_against_full",
+    ]
     assert len(set(chosen())) == len(bench.cases.CASES)
     with pytest.raises(SystemExit, match=r"--only 'mca' matches no case; groups: neural_memory, online"):
         chosen("mac", "mca")
@@ -185,12 +191,23 @@ def test_the_products_on_paper_are_those_the_online_memory_runs(bench):
     assert +ran == on_paper(bench.products.online_products(2, 12, 3, head_dim=8, chunk_size=4))
 
 
+def test_the_products_of_the_delta_rule_are_those_that_run(bench):
+    inputs = bench.recurrence.inputs(12, 3, 8)
+    ran = run(bench.case.train_function(lambda *t: delta_rule(*t, chunk_size=4)[0], inputs))
+    ran[9, 4, 8, 4] -= 2  # both scores, computed again in the backward pass
+    del ran[9, 2, 2, 2]  # the inverse
+    assert +ran == on_paper(bench.products.delta_products(1, 12, 3, head_dim=8, chunk_size=4))
+
+
 def small_cases(bench, setting):
     own = bench.neural_memory
     return {
         "online": own.online(1, 16, 2, head_dim=8, chunk=8),
         "depth": own.depths(1, 16, 2, head_dim=8, chunk=8),
         "checkpoint": own.checkpoints(256, dim=16, every=(2, 1)),
+        "delta_rule": bench.recurrence.against_peers(32, 2, 8),
+        "family": bench.recurrence.family(32, 2, 8),
+        "mixture": bench.recurrence.mixture(32, 2, 8),
         "train": bench.titans_mac.cases(setting, batch=1, time=24)[0],
         "decode": bench.titans_mac.cases(setting, prompt=16, new=10)[1],
         "cuda_1": bench.cuda.cases(1, 16, 2, head_dim=8, chunk=8, device="cpu", backend="eager")[0],
@@ -199,7 +216,10 @@ def small_cases(bench, setting):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the peers
-@pytest.mark.parametrize("name", ["online", "depth", "checkpoint", "train", "decode", "cuda_1", "cuda_2"])
+@pytest.mark.parametrize(
+    "name",
+    ["online", "depth", "checkpoint", "delta_rule", "family", "mixture", "train", "decode", "cuda_1", "cuda_2"],
+)
 def test_every_variant_of_a_case_runs(bench, quick, setting, name, capsys):
     case = small_cases(bench, setting)[name]
     here = [variant for variant in case.variants if variant.missing is None]

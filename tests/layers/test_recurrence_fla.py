@@ -1,0 +1,128 @@
+"""The fla backend: what its ops are called with, told by stand-ins that have their signatures, and where it applies."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from memzoo.layers.ops import recurrence, recurrence_fla
+from memzoo.layers.ops.delta_rule import delta_rule
+from memzoo.layers.ops.linear_recurrence import linear_recurrence
+from memzoo.layers.reference.delta_rule import delta_rule as delta_loop
+from memzoo.layers.reference.linear_recurrence import linear_recurrence as linear_loop
+
+# (module, op, has beta, the decay's axes beside batch and time): fla-core 0.6.0, fla/ops/*/chunk.py.
+OPS = [
+    ("simple_gla", "chunk_simple_gla", False, None),
+    ("simple_gla", "chunk_simple_gla", False, "head"),
+    ("gla", "chunk_gla", False, "channel"),
+    ("delta_rule", "chunk_delta_rule", True, None),
+    ("gated_delta_rule", "chunk_gated_delta_rule", True, "head"),
+    ("kda", "chunk_kda", True, "channel"),
+]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Put the loops in fla's place, under its names, and let the backend apply anywhere; yields the names called."""
+    called = []
+
+    def stand_in(name, has_beta, per_channel):
+        def run(q, k, v, *, scale, initial_state, output_final_state, g=None, beta=None, cu_seqlens=None):
+            assert output_final_state
+            assert initial_state.dtype == torch.float32
+            assert g is None or (g.dtype == torch.float32 and (g.dim() == 4) == per_channel)
+            assert (beta is not None) == has_beta
+            assert cu_seqlens is None or (cu_seqlens.dtype == torch.long and (cu_seqlens.diff() > 0).all())
+            assert q.shape[2] == k.shape[2] == v.shape[2], "some of fla's ops want as many heads everywhere"
+            called.append(name)
+            options = dict(state=initial_state, log_decay=g, scale=scale, cu_seqlens=cu_seqlens)
+            return delta_loop(q, k, v, beta, **options) if has_beta else linear_loop(q, k, v, **options)
+
+        return run
+
+    monkeypatch.setitem(sys.modules, "fla", ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.ops", ModuleType("fla.ops"))
+    for module, op, has_beta, decay in OPS:
+        fake = ModuleType(f"fla.ops.{module}")
+        setattr(fake, op, stand_in(op, has_beta, decay == "channel"))
+        monkeypatch.setitem(sys.modules, f"fla.ops.{module}", fake)
+    monkeypatch.setattr(recurrence, "choose_fla", lambda backend, q: backend == "fla")
+    monkeypatch.setattr(recurrence, "check_backend", lambda *_: None)
+    return called
+
+
+def inputs(has_beta, decay, *, time=11, rows=2, dtype=torch.float32):
+    batch = rows if time == 11 else 1
+    q, k = (torch.randn(batch, time, 2, 4, dtype=dtype) for _ in range(2))
+    v = torch.randn(batch, time, 4, 3, dtype=dtype)
+    gates = [torch.rand(batch, time, 4, dtype=dtype)] if has_beta else []
+    axes = {None: None, "head": (4,), "channel": (4, 4)}[decay]
+    log_decay = None if axes is None else -torch.rand(batch, time, *axes, dtype=dtype)
+    return [q, torch.nn.functional.normalize(k, dim=-1), v, *gates, log_decay]
+
+
+@pytest.mark.parametrize(("module", "op", "has_beta", "decay"), OPS, ids=[f"{op[0]}-{op[3]}" for op in OPS])
+@pytest.mark.parametrize("ragged", [False, True], ids=["rows", "segments"])
+def test_an_op_of_fla_gets_its_arguments(stand_ins, module, op, has_beta, decay, ragged):
+    ours = delta_rule if has_beta else linear_recurrence
+    tokens = inputs(has_beta, decay, time=13 if ragged else 11)
+    cu_seqlens = torch.tensor([0, 4, 4, 5, 13]) if ragged else None
+    state = torch.randn(4 if ragged else 2, 4, 4, 3)
+    options = dict(state=state, cu_seqlens=cu_seqlens, scale=0.3)
+    y, end = ours(*tokens, **options, backend="fla")
+    assert stand_ins == [op]
+    expected, expected_end = ours(*tokens, **options, backend="torch")
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(end, expected_end, rtol=0, atol=1e-5)
+    if ragged:
+        assert torch.equal(end[1], state[1]), "an empty segment lost its state"
+
+
+def test_half_precision_goes_in_and_comes_out(stand_ins):
+    tokens = inputs(True, "head", dtype=torch.bfloat16)
+    y, state = delta_rule(*tokens, backend="fla", lengths=torch.tensor([11, 0]))
+    assert y.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    assert not y[1].any()
+    assert not state[1].any()
+
+
+@pytest.mark.parametrize(
+    ("q", "words"),
+    [
+        (torch.ones(1, 1, 1, 8, dtype=torch.bfloat16), "q is on cpu"),
+        (torch.ones(1, 1, 1, 8, dtype=torch.float32, device="meta"), "q is on meta"),
+    ],
+    ids=["cpu", "meta"],
+)
+def test_asked_for_in_vain_it_says_why(q, words):
+    with pytest.raises(ValueError, match=f"backend='fla' does not apply: {words}.*backend='auto'"):
+        recurrence_fla.choose_fla("fla", q)
+    assert not recurrence_fla.choose_fla("auto", q)
+    assert not recurrence_fla.choose_fla("torch", q)
+
+
+class OnCuda:
+    """Looks like a tensor there."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype, width):
+        self.dtype, self.shape = dtype, (1, 1, 1, width)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "words"),
+    [(torch.float32, 64, "dtype torch.float32; cast q, k, v to bfloat16"), (torch.float16, 512, "key width 512")],
+)
+def test_on_cuda_it_takes_half_precision_and_heads_that_fit(monkeypatch, dtype, width, words):
+    monkeypatch.setattr(recurrence_fla, "is_installed", lambda _: True)
+    with pytest.raises(ValueError, match=words):
+        recurrence_fla.choose_fla("fla", OnCuda(dtype, width))
+    assert not recurrence_fla.choose_fla("auto", OnCuda(dtype, width))
+    assert recurrence_fla.choose_fla("auto", OnCuda(torch.bfloat16, 64))
+    assert not recurrence_fla.choose_fla("torch", OnCuda(torch.bfloat16, 64))
+    monkeypatch.setattr(recurrence_fla, "is_installed", lambda _: False)
+    assert not recurrence_fla.choose_fla("auto", OnCuda(torch.bfloat16, 64))
