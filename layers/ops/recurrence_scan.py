@@ -14,10 +14,12 @@ They depend on one another, by a unit triangular system (the UT transform, arXiv
 
     (1 + A beta) E = V - from_start(K) S_0,    A = scores(K, K), strictly below the diagonal.
 
-Its inverse is formed for all chunks at once, before any memory is known. What is left to do chunk after chunk is two
-products for the errors and one for the memory.
+Its inverse is formed before any memory is known. What is left to do chunk after chunk is two products for the errors
+and one for the memory. All else is done for a stretch of chunks at once: on the CPU as many as fit its cache, so that
+what a stretch needs for itself is never written to memory.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ from memzoo.layers.ops.chunk_decay import ChunkDecay
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.ops.segment_grid import slices
 from memzoo.layers.ops.unit_triangular import inverse_of_unit_lower
+
+STRETCH = 2**17
+"""Numbers of a tensor that are computed at a time on the CPU, 512 KiB of float32."""
 
 
 class RecurrenceScan(torch.autograd.Function):
@@ -55,72 +60,137 @@ class RecurrenceScan(torch.autograd.Function):
         log_decay: Tensor | None,
         state: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        decay = ChunkDecay.of(log_decay)
-        if beta is None:
-            kept, inverse = v, None
-            written = v
-            starts, final = _accumulate(active, decay.through, decay.to_end(k).mT @ v, state)
-        else:
-            inverse = inverse_of_unit_lower(decay.scores(k, k).mul_(beta.mT))
-            write, read = decay.to_end(k) * beta, decay.from_start(k)
-            starts, final, kept = _correct(active, decay.through, inverse, v, write, read, state)
-            written = beta * kept
-        y = decay.scores(q, k) @ written
-        y += decay.from_start(q) @ starts
+        memory = state.clone()
+        starts = state.new_empty(len(q), *state.shape[1:])
+        y = torch.empty_like(v)
+        inverse = None if beta is None else k.new_empty(*k.shape[:-1], k.shape[-2])
+        kept = v if beta is None else torch.empty_like(v)
+        for stretch in _stretches(active, k):
+            here = stretch.chunks
+            decay = ChunkDecay.of(None if log_decay is None else log_decay[here])
+            if beta is None or inverse is None:
+                written = v[here]
+                _accumulate(stretch, decay, k[here], written, memory, starts[here])
+            else:
+                inverse[here] = inverse_of_unit_lower(decay.scores(k[here], k[here]).mul_(beta[here].mT))
+                _correct(stretch, decay, k[here], v[here], beta[here], inverse[here], memory, starts[here], kept[here])
+                written = beta[here] * kept[here]
+            torch.matmul(decay.scores(q[here], k[here]), written, out=y[here])
+            y[here] += decay.from_start(q[here]) @ starts[here]
         ctx.active = active
         ctx.save_for_backward(q, k, kept, beta, log_decay, starts, inverse)
-        return y, final
+        return y, memory
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, kept, beta, log_decay, starts, inverse = ctx.saved_tensors
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(kept)
+        d_beta = None if beta is None else torch.empty_like(beta)
+        d_decay = None if log_decay is None else torch.empty_like(log_decay)
+        d_memory = d_final.clone()
         with no_autocast(d_y.device):  # the caller's may be on
-            return (None, *_backward(ctx, d_y.contiguous(), d_final))
+            for stretch in reversed(_stretches(ctx.active, k)):
+                here = stretch.chunks
+                gradients = _backward(
+                    stretch,
+                    q[here],
+                    k[here],
+                    kept[here],
+                    None if beta is None else beta[here],
+                    None if log_decay is None else log_decay[here],
+                    None if inverse is None else inverse[here],
+                    starts[here],
+                    d_y[here].contiguous(),
+                    d_memory,
+                )
+                for whole, part in zip((d_q, d_k, d_v, d_beta, d_decay), gradients, strict=True):
+                    if whole is not None and part is not None:
+                        whole[here] = part
+        return None, d_q, d_k, d_v, d_beta, d_decay, d_memory
 
 
-def _accumulate(active: tuple[int, ...], through: Tensor | None, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Scan S <- through S + added; return every S before its chunk, and those after the last one."""
-    starts, carried = torch.empty_like(added), state.clone()
-    for chunk in slices(active):
-        memory = carried[: chunk.stop - chunk.start]
-        starts[chunk].copy_(memory)
-        if through is not None:
-            memory.mul_(through[chunk])
-        memory.add_(added[chunk])
-    return starts, carried
+@dataclass(frozen=True)
+class _Stretch:
+    """Steps of a scan that follow one another.
+
+    Attributes:
+        chunks: All of their chunks.
+        steps: The chunks of each, counted from the first of the stretch.
+    """
+
+    chunks: slice
+    steps: list[slice]
+
+
+def _stretches(active: tuple[int, ...], k: Tensor) -> list[_Stretch]:
+    """Cut a scan into stretches, by what (chunks, heads, size, K) keys and scores take on the CPU; elsewhere not."""
+    _, heads, size, width = k.shape
+    most = STRETCH // (heads * size * max(size, width))
+    cut = k.device.type == "cpu" and not torch.compiler.is_compiling()
+    found: list[_Stretch] = []
+    for step in slices(active):
+        last = found[-1] if found else None
+        if last is not None and not (cut and step.stop - last.chunks.start > most):
+            first = last.chunks.start
+            steps = [*last.steps, slice(step.start - first, step.stop - first)]
+            found[-1] = _Stretch(slice(first, step.stop), steps)
+        else:
+            found.append(_Stretch(step, [slice(0, step.stop - step.start)]))
+    return found
+
+
+def _accumulate(stretch: _Stretch, decay: ChunkDecay, k: Tensor, v: Tensor, memory: Tensor, starts: Tensor) -> None:
+    """Scan S <- through S + to_end(k)^T v over ``memory``; fill ``starts`` with every S before its chunk."""
+    added = decay.to_end(k).mT @ v
+    for step in stretch.steps:
+        own = memory[: step.stop - step.start]
+        starts[step] = own
+        if decay.through is not None:
+            own.mul_(decay.through[step])
+        own.add_(added[step])
 
 
 def _correct(
-    active: tuple[int, ...],
-    through: Tensor | None,
-    inverse: Tensor,
+    stretch: _Stretch,
+    decay: ChunkDecay,
+    k: Tensor,
     v: Tensor,
-    write: Tensor,
-    read: Tensor,
-    state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan E = inverse (v - read S), S <- through S + write^T E.
+    beta: Tensor,
+    inverse: Tensor,
+    memory: Tensor,
+    starts: Tensor,
+    error: Tensor,
+) -> None:
+    """Scan E = inverse (v - from_start(k) S), S <- through S + to_end(k)^T beta E; fill ``starts`` and ``error``."""
+    write, read = decay.to_end(k) * beta, decay.from_start(k)
+    for step in stretch.steps:
+        own = memory[: step.stop - step.start]
+        starts[step] = own
+        flat, here = own.flatten(0, 1), error[step].flatten(0, 1)
+        rest = torch.baddbmm(v[step].flatten(0, 1), read[step].flatten(0, 1), flat, alpha=-1)
+        torch.bmm(inverse[step].flatten(0, 1), rest, out=here)
+        if decay.through is not None:
+            own.mul_(decay.through[step])
+        flat.baddbmm_(write[step].flatten(0, 1).mT, here)
 
-    Returns:
-        Every S before its chunk, those after the last one, and E.
+
+def _backward(
+    stretch: _Stretch,
+    q: Tensor,
+    k: Tensor,
+    kept: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    inverse: Tensor | None,
+    starts: Tensor,
+    d_y: Tensor,
+    d_memory: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of q, k, v, beta and log_decay; ``d_memory`` goes from behind the stretch to before it.
+
+    ``kept`` is the values, or of a delta rule the errors.
     """
-    starts, carried = state.new_empty(len(v), *state.shape[1:]), state.clone()
-    error = torch.empty_like(v)
-    for chunk in slices(active):
-        memory = carried[: chunk.stop - chunk.start]
-        starts[chunk].copy_(memory)
-        flat, own = memory.flatten(0, 1), error[chunk].flatten(0, 1)
-        rest = torch.baddbmm(v[chunk].flatten(0, 1), read[chunk].flatten(0, 1), flat, alpha=-1)
-        torch.bmm(inverse[chunk].flatten(0, 1), rest, out=own)
-        if through is not None:
-            memory.mul_(through[chunk])
-        flat.baddbmm_(write[chunk].flatten(0, 1).mT, own)
-    return starts, carried, error
-
-
-def _backward(ctx: Any, d_y: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of q, k, v, beta, log_decay and state."""
-    q, k, kept, beta, log_decay, starts, inverse = ctx.saved_tensors
     decay = ChunkDecay.of(log_decay)
     written = kept if beta is None else beta * kept
     write = decay.to_end(k)
@@ -128,22 +198,22 @@ def _backward(ctx: Any, d_y: Tensor, d_final: Tensor) -> tuple[Tensor | None, ..
     d_starts = decay.from_start(q).mT @ d_y
 
     # The scan, last chunk first. d_after: of the memory after each; d_rest: of the triangular system's right side.
-    d_after, d_state, d_rest = torch.empty_like(starts), d_final.clone(), None
-    if beta is not None:
+    d_after, d_rest = torch.empty_like(starts), None
+    if beta is not None and inverse is not None:
         d_rest = torch.empty_like(d_written)
-        read = decay.from_start(k)
-    for chunk in reversed(slices(ctx.active)):
-        after, before, d_memory = d_after[chunk], d_starts[chunk], d_state[: chunk.stop - chunk.start]
-        after.copy_(d_memory)
+        read, weighted = decay.from_start(k), inverse * beta
+    for step in reversed(stretch.steps):
+        after, before, own = d_after[step], d_starts[step], d_memory[: step.stop - step.start]
+        after.copy_(own)
         if d_rest is not None:
-            d_write = d_written[chunk].flatten(0, 1).baddbmm_(write[chunk].flatten(0, 1), after.flatten(0, 1))
-            own = d_rest[chunk].flatten(0, 1)
-            torch.bmm(inverse[chunk].flatten(0, 1).mT, d_write * beta[chunk].flatten(0, 1), out=own)
-            before.flatten(0, 1).baddbmm_(read[chunk].flatten(0, 1).mT, own, alpha=-1)
+            d_write = d_written[step].flatten(0, 1).baddbmm_(write[step].flatten(0, 1), after.flatten(0, 1))
+            rest = d_rest[step].flatten(0, 1)
+            torch.bmm(weighted[step].flatten(0, 1).mT, d_write, out=rest)
+            before.flatten(0, 1).baddbmm_(read[step].flatten(0, 1).mT, rest, alpha=-1)
         if decay.through is None:
-            torch.add(before, after, out=d_memory)
+            torch.add(before, after, out=own)
         else:
-            torch.addcmul(before, decay.through[chunk], after, out=d_memory)
+            torch.addcmul(before, decay.through[step], after, out=own)
     if d_rest is None:
         d_written += write @ d_after
 
@@ -152,9 +222,8 @@ def _backward(ctx: Any, d_y: Tensor, d_final: Tensor) -> tuple[Tensor | None, ..
     d_q += decay.from_start_(d_y @ starts.mT)
     d_end = decay.to_end_(written @ d_after.mT)
     d_writer += d_end
-    if d_rest is None:
-        d_reader, d_beta = None, None
-    else:
+    d_reader, d_beta = None, None
+    if beta is not None and d_rest is not None:
         d_system = (d_rest @ kept.mT).neg_().tril_(-1)
         d_beta = (d_written * kept).sum(-1, keepdim=True)
         d_beta += decay.scores(k, k).mul_(d_system).sum(-2)[..., None]
@@ -162,12 +231,11 @@ def _backward(ctx: Any, d_y: Tensor, d_final: Tensor) -> tuple[Tensor | None, ..
         d_reader -= decay.from_start_(d_rest @ starts.mT)
         d_writer += d_more
     d_decay = None
-    if log_decay is not None:
-        assert decay.through is not None
+    if log_decay is not None and decay.through is not None:
         held = decay.through * d_after.mul_(starts).sum(-1, keepdim=True)
         d_decay = _decay_gradient(q, k, d_q, d_reader, d_writer, d_end, held.mT, log_decay)
     d_k = d_writer if d_reader is None else d_writer.add_(d_reader)
-    return d_q, d_k, d_written if d_rest is None else d_rest, d_beta, d_decay, d_state
+    return d_q, d_k, d_written if d_rest is None else d_rest, d_beta, d_decay
 
 
 def _decay_gradient(
