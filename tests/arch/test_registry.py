@@ -22,7 +22,8 @@ from memzoo.arch import (
 
 CARD = ModelCard("Toy", "A toy", "none", "none", "never", "never", Fidelity.EXACT)
 FAMILIES = ("titans_linear_online", "titans_lmm", "titans_mac", "titans_mag", "titans_mal", "transformer")
-MODELS = [f"{family}_{size}" for family in FAMILIES for size in ("170m", "340m", "760m", "tiny")]
+MODELS = ["gated_deltanet_340m", "gated_deltanet_tiny", "mom_1b3", "mom_340m", "mom_tiny"]
+MODELS += [f"{family}_{size}" for family in FAMILIES for size in ("170m", "340m", "760m", "tiny")]
 
 
 class Toy(nn.Module):

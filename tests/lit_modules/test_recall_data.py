@@ -1,5 +1,7 @@
 """RecallData: rows are what the paper says they are, and Lightning sees the same ones every time."""
 
+import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,28 @@ def test_sizes_are_mixed_in_training_and_apart_in_validation():
 def test_a_validation_size_has_the_same_rows_beside_others_as_alone():
     beside = RecallData(**SMALL, val_sizes=[(32, 4), (16, 2)]).val_dataloader()["16x2"]
     assert equal(batches(beside), batches(RecallData(**SMALL).val_dataloader()["16x2"]))
+
+
+def test_the_mixture_of_the_docstring_is_zoology_s():
+    [code] = re.findall(r"RecallData\(\n.*?\n +\)", inspect.getdoc(RecallData), re.DOTALL)
+    data = eval(code)
+    assert list(data.train_tasks) == ["64x4", "128x8", "256x16", "256x32", "256x64"]
+    assert data.train_rows == [100_000, 20_000, 20_000, 20_000, 20_000]
+    assert list(data.val_tasks) == ["64x4", "64x8", "64x16", "128x32", "256x64", "512x128", "1024x256"]
+    assert (data.val_rows, data.batch_size) == (1000, 256)
+    for size, task in data.val_tasks.items():
+        length, pairs = map(int, size.split("x"))
+        assert task == RecallTask(length, pairs, vocab_size=8192, power=0.01, filler="random")
+        assert NextTokens.of(task.rows(2, 0)).counted.sum(1).eq(pairs).all()
+
+
+@pytest.mark.parametrize(("length", "pairs"), [(64, 4), (128, 8), (256, 16)])
+def test_the_defaults_are_zoology_s_figure_2(length: int, pairs: int):
+    data = RecallData([(length, pairs)])
+    [task] = data.train_tasks.values()
+    assert task == RecallTask(length, pairs, vocab_size=8192, power=0.01, filler="zero", min_gap=0, num_updates=0)
+    assert (data.train_rows, data.val_rows) == ([100_000], 3_000)
+    assert (task.rows(2, 0)["tokens"][:, : 2 * pairs : 2] < 4096).all()
 
 
 # With Lightning

@@ -15,9 +15,21 @@ def read(name: str) -> dict:
     return yaml.safe_load(recipe_path(name).read_text())
 
 
+def data_of(name: str) -> str:
+    return read(name)["data"]["class_path"].rpartition(".")[2]
+
+
+TEXT = [name for name in TINY if data_of(name) == "TextData"]
+RECALL = [name for name in TINY if data_of(name) == "RecallData"]
+
+
 def test_every_recipe_of_the_package_is_found():
     titans = [f"titans/{kind}_{size}" for kind in ("lmm", "mac", "mag", "mal") for size in ("340m", "tiny")]
-    assert [*titans, "transformer/tiny"] == RECIPES
+    assert ["mom/340m", "mom/mqar_tiny", "mom/tiny", *titans, "transformer/tiny"] == RECIPES
+
+
+def test_every_tiny_recipe_is_of_a_kind_that_is_tested():
+    assert {*TEXT, *RECALL} == {*TINY}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -41,13 +53,36 @@ def test_a_header_says_what_is_trained_how_to_run_and_override_and_what_to_expec
 def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 100)
-    small = ["--data.paths", "text.txt", "--data.cache_dir", "cache", "--data.sequence_length", "32"]
+    small = ["--data.batch_size", "2"]
+    if name in TEXT:
+        small += ["--data.paths", "text.txt", "--data.cache_dir", "cache", "--data.sequence_length", "32"]
     assert main(["fit", "--config", f"{name}.yaml", "--trainer.fast_dev_run", "true", *small]) == 0
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_tiny_recipes_see_the_same_tokens_in_the_same_order():
-    one, *others = (read(name) for name in TINY)
+@pytest.mark.parametrize("name", RECALL)
+def test_a_recall_recipe_measures_the_accuracy_of_every_size(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = [
+        f"--trainer.{name}=1" for name in ("max_steps", "val_check_interval", "limit_val_batches", "log_every_n_steps")
+    ]
+    assert main(["fit", "--config", f"{name}.yaml", "--data.batch_size", "2", *steps]) == 0
+    [log] = (tmp_path / "runs").rglob("metrics.csv")
+    measured = log.read_text().splitlines()[0].split(",")
+    sizes = [f"{length}x{pairs}" for length, pairs in read(name)["data"]["init_args"]["train_sizes"]]
+    assert {f"val/{size}/accuracy" for size in sizes} | {"val/accuracy", "train/balance"} <= {*measured}
+
+
+@pytest.mark.parametrize("name", RECALL)
+def test_a_recall_recipe_has_as_many_tokens_as_its_task_and_ends_on_a_validation(name):
+    recipe = read(name)
+    trainer = recipe["trainer"]
+    assert recipe["model"]["init_args"]["overrides"]["vocab_size"] == recipe["data"]["init_args"]["vocab_size"]
+    assert trainer["max_steps"] % trainer["val_check_interval"] == 0, "the last state is validated"
+
+
+def test_the_tiny_recipes_of_text_see_the_same_tokens_in_the_same_order():
+    one, *others = (read(name) for name in TEXT)
     for other in others:
         assert one["data"] == other["data"]
         assert one["seed_everything"] == other["seed_everything"]
@@ -77,7 +112,7 @@ def test_a_recorded_outcome_is_of_the_recipe_as_it_is(name):
     assert outcome["seconds"] < 180, "what the recipe's header promises"
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("_340m")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("340m")])
 def test_a_paper_recipe_trains_on_batches_of_half_a_million_tokens(name):
     recipe = read(name)
     trainer, data = recipe["trainer"], recipe["data"]["init_args"]

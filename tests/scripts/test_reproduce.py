@@ -371,7 +371,65 @@ def test_the_checks_of_speed(titans):
     assert titans.stays_flat({"training step": flat | {"length 256": 12.0}}) == pytest.approx(0.05)
 
 
+# Mixture-of-Memories
+
+
+@pytest.fixture(scope="module")
+def mom(reproduce: ModuleType) -> ModuleType:
+    return importlib.import_module("claims.mom")
+
+
+def test_a_token_uses_as_much_of_a_mixture_as_there_is_of_the_wide_state(mom):
+    models = {name: mom.build(settings) for name, settings in mom.SEVERAL.variants.items()}
+    size = {name: models[name].initial_state(1).blocks[0].memory[0].numel() for name in ("one state", "one wide state")}
+    mixture = models["MoM"].blocks[0].mixer
+    each = models["MoM"].initial_state(1).blocks[0].memories[0, 0].numel()
+    assert each == size["one state"]
+    assert (mixture.top_k + mixture.shared) * each == size["one wide state"]
+
+
+def test_half_of_the_memories_are_used_whatever_their_number(mom):
+    options = [settings["options"] for settings in mom.NUMBER.variants.values()]
+    assert [(one["num_memories"], one["top_k"]) for one in options] == [(1, 1), (2, 1), (4, 2), (8, 4)]
+
+
+def test_what_the_claims_of_mom_share_are_equal_settings(reproduce, mom):
+    claims = mom.CLAIMS.claims.values()
+    variants = {reproduce.identity(settings) for claim in claims for settings in claim.variants.values()}
+    assert len(variants) == 8
+    assert mom.NUMBER.variants["4 memories"] == mom.SEVERAL.variants["MoM"]
+
+
+def test_a_mixture_is_trained_and_its_load_is_measured(mom, monkeypatch):
+    monkeypatch.setattr(mom, "TEST_ANSWERS", 64)
+    once = mom.measure(mom.shorten(mom.mom(4, 2)), 0)
+    assert set(once) == set(mom.BALANCE.columns)
+    assert 0 < once["load entropy"] <= 1
+    assert once == mom.measure(mom.shorten(mom.mom(4, 2)), 0)
+
+
+def test_the_load_of_one_of_two_memories_has_no_entropy(mom):
+    settings = mom.mom(2, 1)
+    model, task = mom.build(settings), mom.RecallTask(**settings["test"][mom.HARDEST])
+    torch.nn.init.zeros_(model.embedding.weight)  # all tokens alike, so all go to the same memory
+    assert mom.load_entropy(model, task, 0) == 0
+
+
 # The training loop
+
+
+def test_the_layers_own_losses_are_trained(reproduce, mom):
+    """The weight of a token's only memory is 1, so a router can learn from the balance loss alone."""
+    training = importlib.import_module("recall_training")
+
+    def trained(**options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = mom.build(mom.mom(2, 1, **options))
+        before = model.mixtures()[0].router.weight.detach().clone()
+        training.train(model, [training.RecallTask(4, 1, vocab_size=8)], steps=3, tokens=32, learning_rate=1e-3, seed=0)
+        return (model.mixtures()[0].router.weight - before).abs().max()
+
+    assert trained(balance_weight=1.0) > 10 * trained(balance=None), "what is left is weight decay"
 
 
 def test_harder_tasks_join_in_the_first_half_of_the_steps(reproduce, monkeypatch):
