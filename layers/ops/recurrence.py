@@ -18,7 +18,7 @@ BACKENDS = ("torch", "fla")
 
 
 class Tokens(NamedTuple):
-    """What a recurrence reads of every token, in one dtype, queries scaled, as many query and key as value heads.
+    """What a recurrence reads of every token, in one dtype, with as many query and key as value heads.
 
     Attributes:
         q: (batch, time, heads, K).
@@ -68,7 +68,7 @@ def recur(
     else:
         with no_autocast(q.device):
             tokens = Tokens(
-                q.to(dtype) * scale,
+                q.to(dtype),
                 k.to(dtype),
                 v.to(dtype),
                 None if beta is None else beta.to(dtype)[..., None],
@@ -76,41 +76,45 @@ def recur(
             )
             if cu_seqlens is not None:
                 ends = cu_seqlens.tolist()
-                y, state = _run_segments(tokens, state, chunk_size, [b - a for a, b in pairwise(ends)])
+                y, state = _run_segments(tokens, state, chunk_size, scale, [b - a for a, b in pairwise(ends)])
             elif time == 1:
-                y, state = _step(tokens, state)
+                y, state = _step(tokens, state, scale)
             else:
                 grid = SegmentGrid.of_rows(batch, time, _chunk(chunk_size, time), q.device)
-                y, state = _run_grid(grid, tokens, state)
+                y, state = _run_grid(grid, tokens, state, scale)
     if lengths is not None:
         y = blank_behind(lengths, y)[0]
     return y.to(v.dtype), state
 
 
-def _run_segments(tokens: Tokens, state: Tensor, chunk_size: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
+def _run_segments(
+    tokens: Tokens, state: Tensor, chunk_size: int, scale: float, lengths: list[int]
+) -> tuple[Tensor, Tensor]:
     """Run segments of the given lengths; those without a token keep their state."""
     taken = [i for i, length in enumerate(lengths) if length]
     index = torch.tensor(taken).to(state.device, non_blocking=True) if len(taken) < len(lengths) else None
     own = state if index is None else state.index_select(0, index)
     lengths = [lengths[i] for i in taken]
     if max(lengths) == 1:
-        y, own = _step(Tokens(*(None if t is None else t.transpose(0, 1) for t in tokens)), own)  # type: ignore[arg-type]
+        y, own = _step(Tokens(*(None if t is None else t.transpose(0, 1) for t in tokens)), own, scale)  # type: ignore[arg-type]
         y = y.transpose(0, 1)
     else:
         grid = SegmentGrid.of_segments(lengths, tokens.q.shape[2], _chunk(chunk_size, max(lengths)), state.device)
-        y, own = _run_grid(grid, tokens, own.index_select(0, grid.order))
+        y, own = _run_grid(grid, tokens, own.index_select(0, grid.order), scale)
         own = own.index_select(0, grid.place)
     return y, own if index is None else state.index_copy(0, index, own)
 
 
-def _run_grid(grid: SegmentGrid, tokens: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
+def _run_grid(grid: SegmentGrid, tokens: Tokens, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v, beta, log_decay = tokens
     gates = (None if gate is None else grid.blank(grid.cut(gate)) for gate in (beta, log_decay))
-    y, state = RecurrenceScan.apply(grid.active, grid.cut(q), grid.blank(grid.cut(k)), grid.cut(v), *gates, state)
+    y, state = RecurrenceScan.apply(
+        grid.active, scale, grid.cut(q), grid.blank(grid.cut(k)), grid.cut(v), *gates, state
+    )
     return grid.join(y, *q.shape[:2]), state
 
 
-def _step(tokens: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
+def _step(tokens: Tokens, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The recurrence itself, for one token a row."""
     q, k, v = (t.transpose(1, 2) for t in tokens[:3])  # (rows, heads, 1, ...)
     if tokens.log_decay is not None:
@@ -118,7 +122,7 @@ def _step(tokens: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
     if tokens.beta is not None:
         v = tokens.beta.transpose(1, 2) * (v - k @ state)
     state = state + k.mT * v
-    return (q @ state).transpose(1, 2), state
+    return (scale * q @ state).transpose(1, 2), state
 
 
 def _run_fla(

@@ -36,7 +36,7 @@ STRETCH = 2**17
 
 
 class RecurrenceScan(torch.autograd.Function):
-    """``y, state = RecurrenceScan.apply(active, q, k, v, beta, log_decay, state)``, all chunks of all sequences.
+    """``y, state = RecurrenceScan.apply(active, scale, q, k, v, beta, log_decay, state)``, all chunks of all sequences.
 
     Kept for the backward pass are the inputs, the memory at the start of every chunk, the errors and the inverses of
     the triangular systems; all products of queries and keys are formed again. The backward pass is written out: the
@@ -53,6 +53,7 @@ class RecurrenceScan(torch.autograd.Function):
     def forward(
         ctx: Any,
         active: tuple[int, ...],
+        scale: float,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -75,9 +76,10 @@ class RecurrenceScan(torch.autograd.Function):
                 inverse[here] = inverse_of_unit_lower(decay.scores(k[here], k[here]).mul_(beta[here].mT))
                 _correct(stretch, decay, k[here], v[here], beta[here], inverse[here], memory, starts[here], kept[here])
                 written = beta[here] * kept[here]
-            torch.matmul(decay.scores(q[here], k[here]), written, out=y[here])
-            y[here] += decay.from_start(q[here]) @ starts[here]
-        ctx.active = active
+            inside = decay.scores(q[here], k[here]) @ written
+            inside += decay.from_start(q[here]) @ starts[here]
+            torch.mul(inside, scale, out=y[here])
+        ctx.active, ctx.scale = active, scale
         ctx.save_for_backward(q, k, kept, beta, log_decay, starts, inverse)
         return y, memory
 
@@ -86,13 +88,12 @@ class RecurrenceScan(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, kept, beta, log_decay, starts, inverse = ctx.saved_tensors
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(kept)
-        d_beta = None if beta is None else torch.empty_like(beta)
-        d_decay = None if log_decay is None else torch.empty_like(log_decay)
+        d_beta, d_decay = (None if gate is None else torch.empty_like(gate) for gate in (beta, log_decay))
         d_memory = d_final.clone()
         with no_autocast(d_y.device):  # the caller's may be on
             for stretch in reversed(_stretches(ctx.active, k)):
                 here = stretch.chunks
-                gradients = _backward(
+                _backward(
                     stretch,
                     q[here],
                     k[here],
@@ -101,13 +102,15 @@ class RecurrenceScan(torch.autograd.Function):
                     None if log_decay is None else log_decay[here],
                     None if inverse is None else inverse[here],
                     starts[here],
-                    d_y[here].contiguous(),
+                    d_y[here] * ctx.scale,
                     d_memory,
+                    d_q[here],
+                    d_k[here],
+                    d_v[here],
+                    None if d_beta is None else d_beta[here],
+                    None if d_decay is None else d_decay[here],
                 )
-                for whole, part in zip((d_q, d_k, d_v, d_beta, d_decay), gradients, strict=True):
-                    if whole is not None and part is not None:
-                        whole[here] = part
-        return None, d_q, d_k, d_v, d_beta, d_decay, d_memory
+        return None, None, d_q, d_k, d_v, d_beta, d_decay, d_memory
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,13 @@ def _backward(
     starts: Tensor,
     d_y: Tensor,
     d_memory: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of q, k, v, beta and log_decay; ``d_memory`` goes from behind the stretch to before it.
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    d_beta: Tensor | None,
+    d_decay: Tensor | None,
+) -> None:
+    """Fill the gradients of q, k, v, beta and log_decay; ``d_memory`` goes from behind the stretch to before it.
 
     ``kept`` is the values, or of a delta rule the errors.
     """
@@ -200,7 +208,7 @@ def _backward(
     # The scan, last chunk first. d_after: of the memory after each; d_rest: of the triangular system's right side.
     d_after, d_rest = torch.empty_like(starts), None
     if beta is not None and inverse is not None:
-        d_rest = torch.empty_like(d_written)
+        d_rest = d_v
         read, weighted = decay.from_start(k), inverse * beta
     for step in reversed(stretch.steps):
         after, before, own = d_after[step], d_starts[step], d_memory[: step.stop - step.start]
@@ -215,27 +223,28 @@ def _backward(
         else:
             torch.addcmul(before, decay.through[step], after, out=own)
     if d_rest is None:
-        d_written += write @ d_after
+        torch.add(d_written, write @ d_after, out=d_v)
 
     # What reads the memory, and what writes into it: for the decays they are kept apart.
-    d_q, d_writer = decay.scores_backward((d_y @ written.mT).tril_(), q, k)
-    d_q += decay.from_start_(d_y @ starts.mT)
+    d_inside, d_writer = decay.scores_backward((d_y @ written.mT).tril_(), q, k)
+    torch.add(d_inside, decay.from_start_(d_y @ starts.mT), out=d_q)
     d_end = decay.to_end_(written @ d_after.mT)
     d_writer += d_end
-    d_reader, d_beta = None, None
-    if beta is not None and d_rest is not None:
+    d_reader = None
+    if beta is not None and d_beta is not None and d_rest is not None:
         d_system = (d_rest @ kept.mT).neg_().tril_(-1)
-        d_beta = (d_written * kept).sum(-1, keepdim=True)
+        torch.sum(d_written.mul_(kept), -1, keepdim=True, out=d_beta)
         d_beta += decay.scores(k, k).mul_(d_system).sum(-2)[..., None]
         d_reader, d_more = decay.scores_backward(d_system.mul_(beta.mT), k, k)
         d_reader -= decay.from_start_(d_rest @ starts.mT)
         d_writer += d_more
-    d_decay = None
-    if log_decay is not None and decay.through is not None:
+    if d_decay is not None and decay.through is not None:
         held = decay.through * d_after.mul_(starts).sum(-1, keepdim=True)
-        d_decay = _decay_gradient(q, k, d_q, d_reader, d_writer, d_end, held.mT, log_decay)
-    d_k = d_writer if d_reader is None else d_writer.add_(d_reader)
-    return d_q, d_k, d_written if d_rest is None else d_rest, d_beta, d_decay
+        d_decay.copy_(_decay_gradient(q, k, d_q, d_reader, d_writer, d_end, held.mT, d_decay.shape[-1]))
+    if d_reader is None:
+        d_k.copy_(d_writer)
+    else:
+        torch.add(d_writer, d_reader, out=d_k)
 
 
 def _decay_gradient(
@@ -246,17 +255,17 @@ def _decay_gradient(
     d_writer: Tensor,
     d_end: Tensor,
     held: Tensor,
-    log_decay: Tensor,
+    width: int,
 ) -> Tensor:
     """Return the gradient of log_decay from that of the running sum b: readers add, writers take away.
 
     ``held`` and ``d_end``, which is overwritten, are what b_C gets from the memory that the chunk hands on: its old
-    part and its new writes.
+    part and its new writes. ``width``: decays a token, 1 or K.
     """
     d_sum = (q * d_q).addcmul_(k, d_writer, value=-1)
     if d_reader is not None:
         d_sum.addcmul_(k, d_reader)
     d_sum[..., -1:, :] += held + d_end.mul_(k).sum(-2, keepdim=True)
-    if log_decay.shape[-1] == 1:
+    if width == 1:
         d_sum = d_sum.sum(-1, keepdim=True)
     return d_sum.flip(-2).cumsum(-2).flip(-2)
