@@ -17,6 +17,7 @@ ARCHITECTURES = {"gated_deltanet": GatedDeltaNetLM, "mom": MoM}
 TEST_ANSWERS = 4096  # of each test
 TEST_ROWS = 64  # on which the load is measured
 WIDTH = 8  # of keys and values
+VOCABULARY = 64  # with 256, learning starts so late in some runs that seeds differ more than models
 
 
 def measure(settings: Settings, seed: int) -> Metrics:
@@ -63,18 +64,18 @@ def shorten(settings: Settings) -> Settings:
 
 def recall(pairs: int) -> dict[str, Any]:
     """Return the task of so many pairs, in rows as short as can be."""
-    return asdict(RecallTask(4 * pairs, pairs, vocab_size=256))
+    return asdict(RecallTask(4 * pairs, pairs, vocab_size=VOCABULARY))
 
 
 def recalling(model: str, **options: Any) -> Settings:
     """Return the settings of a model, with options of its own."""
-    sizes = dict(vocab_size=256, dim=64, depth=2, hidden_dim=64, num_heads=2, head_dim=WIDTH, chunk_size=16)
+    sizes = dict(vocab_size=VOCABULARY, dim=64, depth=2, hidden_dim=64, num_heads=2, head_dim=WIDTH, chunk_size=16)
     return dict(
         model=model,
         options=sizes | options,
-        train=[recall(4), recall(8), recall(16)],
+        train=[recall(2), recall(4), recall(8), recall(16)],
         test={f"{pairs} pairs": recall(pairs) for pairs in (4, 8, 16)},
-        steps=900,
+        steps=1000,
         tokens=2048,
         learning_rate=5e-3,
     )
@@ -89,18 +90,20 @@ COLUMNS = {name: name for name in recalling("mom")["test"]}
 HARDEST = "16 pairs"
 SETTING = (
     "Two blocks of width 64, whose memories have two heads with keys and values of width 8; multi-query associative "
-    "recall of 4, 8 and 16 pairs among 256 tokens, in rows of four tokens a pair. Accuracy of the answers, 1/128 by "
-    "chance"
+    "recall of 2 to 16 pairs among 64 tokens, in rows of four tokens a pair. Accuracy of the answers, 1/32 by chance"
 )
 SEVERAL = Claim(
     statement="Several small memories recall more than one, and more than one that is as large as what a token uses of "
     "them (recall benchmarks; expansion of memory)",
     test=f"{SETTING}. MoM has 4 memories, of which a token uses 2, and a shared one; one state is a Gated DeltaNet of "
-    "the same widths, the wide state has values of three times the width.",
+    "the same widths, the wide state has values of three times the width. A memory's short convolution sees the tokens "
+    "that went to it; before routing, it sees them all, so that a value meets its key. "
+    "Widths are equal, parameters are not: MoM has a third more than one state.",
     variants={
         "one state": recalling("gated_deltanet"),
         "one wide state": recalling("gated_deltanet", value_dim=3 * WIDTH),
         "MoM": mom(4, 2),
+        "MoM, convolution before routing": mom(4, 2, conv="input"),
     },
     columns=COLUMNS,
     checks=tuple(beats("MoM", other, HARDEST) for other in ("one state", "one wide state")),
