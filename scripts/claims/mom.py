@@ -98,7 +98,7 @@ SEVERAL = Claim(
     test=f"{SETTING}. MoM has 4 memories, of which a token uses 2, and a shared one; one state is a Gated DeltaNet of "
     "the same widths, the wide state has values of three times the width. A memory's short convolution sees the tokens "
     "that went to it; before routing, it sees them all, so that a value meets its key. "
-    "Widths are equal, parameters are not: MoM has a third more than one state.",
+    "Widths are equal, parameters are not: MoM has about half more than one state, the wide one a third.",
     variants={
         "one state": recalling("gated_deltanet"),
         "one wide state": recalling("gated_deltanet", value_dim=3 * WIDTH),

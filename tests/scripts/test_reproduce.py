@@ -396,7 +396,7 @@ def test_half_of_the_memories_are_used_whatever_their_number(mom):
 def test_what_the_claims_of_mom_share_are_equal_settings(reproduce, mom):
     claims = mom.CLAIMS.claims.values()
     variants = {reproduce.identity(settings) for claim in claims for settings in claim.variants.values()}
-    assert len(variants) == 8
+    assert len(variants) == 9
     assert mom.NUMBER.variants["4 memories"] == mom.SEVERAL.variants["MoM"]
 
 
