@@ -50,10 +50,10 @@ def report_balance(
         choices, mass, tokens = router_load(probabilities, indices)
         trace.pool("balance", (choices, weight * mass, tokens), load_balance)
     elif balance == "layer":
-        trace.pool("balance", (weight * layer_balance(probabilities, indices),), torch.mean)
+        trace.pool("balance", (weight * layer_balance(probabilities, indices),), _mean_of_layers)
     else:
         loss = layer_sequence_balance(probabilities, indices, row_of, num_rows)
-        trace.pool("balance", (weight * loss,), torch.mean)
+        trace.pool("balance", (weight * loss,), _mean_of_sequences_and_layers)
 
 
 def router_load(probabilities: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,6 +96,14 @@ def layer_sequence_balance(probabilities: Tensor, indices: Tensor, row_of: Tenso
     per_token = 1 / tokens.clamp_min(1).to(mass)[:, None]
     losses = num_memories * (choices * per_token * mass * per_token).sum(1)
     return losses.sum() / (tokens > 0).sum().clamp_min(1)
+
+
+def _mean_of_layers(losses: Tensor) -> Tensor:
+    return losses.mean()
+
+
+def _mean_of_sequences_and_layers(losses: Tensor) -> Tensor:
+    return losses.mean()
 
 
 def _wide(probabilities: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ class LinearAttentionRule(MatrixRule):
                 "normalize=True divides by a sum of products that feature_map='identity' lets be zero; use "
                 "normalize=False, or feature_map='elu'"
             )
+        if normalize and self.backend == "fla":
+            raise ValueError(
+                "normalize=True is computed in float32, which backend='fla' does not take; use normalize=False, or "
+                "backend='auto'"
+            )
         self.feature_map = feature_map
         self.normalize = normalize
 

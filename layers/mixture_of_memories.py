@@ -135,19 +135,24 @@ class MixtureOfMemories(SequenceMixer):
         check_choice("conv", conv, (*CONV_PLACES, None))
         check_positive("conv_width", conv_width, "it counts the current token; use conv=None for no convolution")
         check_choice("balance", balance, (*BALANCES, None))
-        if not balance_weight >= 0:
-            raise ValueError(f"balance_weight={balance_weight} is negative; use 0.01, or balance=None for no loss")
+        if not 0 <= balance_weight < math.inf:
+            raise ValueError(f"balance_weight={balance_weight} is no finite number >= 0; 0.01 is usual")
         num_heads, head_dim = resolve_heads(dim, num_heads, head_dim)
         self.rule_name = rule
-        self.rule = MATRIX_RULES[rule](
-            num_heads=num_heads,
-            key_dim=head_dim,
-            value_dim=head_dim if value_dim is None else value_dim,
-            num_value_heads=num_value_heads,
-            chunk_size=chunk_size,
-            backend=backend,
-            **rule_options or {},
-        )
+        sizes: dict[str, Any] = {
+            "num_heads": num_heads,
+            "key_dim": head_dim,
+            "value_dim": head_dim if value_dim is None else value_dim,
+            "num_value_heads": num_value_heads,
+            "chunk_size": chunk_size,
+            "backend": backend,
+        }
+        try:
+            self.rule = MATRIX_RULES[rule](**sizes, **rule_options or {})
+        except TypeError as error:
+            raise ValueError(
+                f"rule_options={rule_options} do not fit rule={rule!r} ({error}); pass what that rule alone takes"
+            ) from None
         self.num_memories, self.top_k, self.shared = num_memories, top_k, shared
         self.renormalize = renormalize
         self.balance, self.balance_weight = balance, balance_weight
@@ -178,11 +183,26 @@ class MixtureOfMemories(SequenceMixer):
         count = torch.zeros(batch_size, dtype=torch.long, device=device)
         seen = torch.zeros(batch_size, self.num_memories, dtype=torch.long, device=device)
         kept = torch.promote_types(dtype, torch.float32)
-        shape = (batch_size, self.num_memories + self.shared, *self.rule.state_shape)
-        memories = torch.zeros(shape, dtype=kept, device=device)
-        return MixtureOfMemoriesState(
-            count, count.clone(), memories, self._fresh_tails(batch_size, device, dtype), seen
-        )
+        memories = torch.zeros(batch_size, *self._state_shapes[0], dtype=kept, device=device)
+        tails = self._state_shapes[1]
+        conv = None if tails is None else torch.zeros(batch_size, *tails, device=device, dtype=dtype)
+        return MixtureOfMemoriesState(count, count.clone(), memories, conv, seen)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MixerState | None = None,
+        *,
+        mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        trace: Trace | None = None,
+        donate: bool = False,
+    ) -> tuple[Tensor, MixtureOfMemoriesState]:
+        """Mix a piece of every row's sequence; see ``SequenceMixer``."""
+        y, end = super().forward(x, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
+        if trace is not None and trace.wants_signals:
+            trace.signal("memory_norm", end.memories.flatten(2).norm(dim=-1))
+        return y, end
 
     def mix(
         self,
@@ -222,7 +242,7 @@ class MixtureOfMemories(SequenceMixer):
             o = o.new_zeros(x.shape[0] * x.shape[1], *o.shape[1:]).index_copy(0, real, o)
         seen = buckets.seen.T + own.tokens_seen
         if trace is not None:
-            self._report(trace, x, real, probabilities, indices, row_of, memories, buckets)
+            self._report(trace, x, real, probabilities, indices, row_of, rows, buckets)
         y = self.output(o.unflatten(0, x.shape[:2]), x)
         return y, MixtureOfMemoriesState(after, document, memories, tails, seen)
 
@@ -274,8 +294,9 @@ class MixtureOfMemories(SequenceMixer):
         else:
             position = position.repeat_interleave(self.top_k)[buckets.order]
         held = [(m, b) for m in range(count) for b in range(rows) if lengths[m][b]]
-        if not held:
-            return q.new_zeros(0, self.rule.num_value_heads, self.rule.value_dim), memories, tails
+        if not held:  # nothing to read; parameters stay in the graph, as distributed training expects
+            nothing = 0 * sum(parameter.sum() for parameter in self.parameters())
+            return q.new_zeros(0, self.rule.num_value_heads, self.rule.value_dim) + nothing, memories, tails
         ends = torch.tensor([0, *(lengths[m][b] for m, b in held)]).cumsum(0)
         where = torch.tensor([b * count + m for m, b in held]).to(tokens.device, non_blocking=True)
 
@@ -326,28 +347,26 @@ class MixtureOfMemories(SequenceMixer):
         y, state = conv(x[None], ShortConvState(tails[..., channels]), cu_seqlens=ends, channels=channels)
         return y[0], state.tail
 
-    def _fresh_tails(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> Tensor | None:
-        if self.conv is None:
-            return None
-        channels, width = self.conv.weight.shape
-        streams = self.num_memories + self.shared if self.conv_place == "bucket" else 1
-        return torch.zeros(rows, streams, width - 1, channels, device=device, dtype=dtype)
-
     def _check_state(self, state: MixtureOfMemoriesState) -> None:
         """Require the state of a layer with these options."""
         expected = self._state_shapes
         tails = None if state.conv is None else tuple(state.conv.shape[1:])
-        if (tuple(state.memories.shape[1:]), tails) != expected:
+        given = tuple(state.memories.shape[1:]), tails, state.tokens_seen.shape[1]
+        if given != expected:
             raise ValueError(
-                f"state holds memories {tuple(state.memories.shape[1:])} and convolution tails {tails}, this layer's "
-                f"are {expected[0]} and {expected[1]}; pass what its previous call returned, or None to start afresh"
+                f"state holds memories {given[0]}, convolution tails {given[1]} and counts of {given[2]} memories, "
+                f"this layer's are {expected[0]}, {expected[1]} and {expected[2]}; pass what its previous call "
+                f"returned, or None to start afresh"
             )
 
     @property
-    def _state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-        tails = self._fresh_tails(0, "meta", torch.float32)
-        memories = (self.num_memories + self.shared, *self.rule.state_shape)
-        return memories, None if tails is None else tuple(tails.shape[1:])
+    def _state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...] | None, int]:
+        """Shapes of one row's memories and tails, and the number of counts."""
+        count, tails = self.num_memories + self.shared, None
+        if self.conv is not None:
+            channels, width = self.conv.weight.shape
+            tails = (count if self.conv_place == "bucket" else 1, width - 1, channels)
+        return (count, *self.rule.state_shape), tails, self.num_memories
 
     def _report(
         self,
@@ -357,11 +376,11 @@ class MixtureOfMemories(SequenceMixer):
         probabilities: Tensor,
         indices: Tensor,
         row_of: Tensor,
-        memories: Tensor,
+        rows: int,
         buckets: Buckets,
     ) -> None:
         if self.balance is not None:
-            report_balance(trace, self.balance, self.balance_weight, probabilities, indices, row_of, len(memories))
+            report_balance(trace, self.balance, self.balance_weight, probabilities, indices, row_of, rows)
         if not trace.wants_signals:
             return
         load = buckets.seen.sum(1) / max(len(buckets.order), 1)
@@ -372,7 +391,6 @@ class MixtureOfMemories(SequenceMixer):
             grid = probabilities.new_zeros(x.shape[0] * x.shape[1], self.num_memories)
             probabilities = grid.index_copy(0, real, probabilities)
         trace.signal("router_probabilities", probabilities.unflatten(0, x.shape[:2]))
-        trace.signal("memory_norm", memories.detach().flatten(2).norm(dim=-1))
 
     def extra_repr(self) -> str:
         """Memories and how they are chosen."""
@@ -392,8 +410,9 @@ def _rows_of(x: Tensor, rows: int, cu_seqlens: Tensor | None) -> Tensor:
 
 def _replace(old: Tensor, where: Tensor, new: Tensor, donate: bool) -> Tensor:
     """Return ``old`` with the rows ``where`` replaced; in its own storage if it may be reused."""
-    if donate and not torch.is_grad_enabled():
-        return old.index_copy_(0, where, new.to(old.dtype))
+    may_write = torch.is_inference_mode_enabled() or not old.is_inference()
+    if donate and may_write and not torch.is_grad_enabled() and old.dtype == new.dtype:
+        return old.index_copy_(0, where, new)
     return old.to(torch.promote_types(old.dtype, new.dtype)).index_copy(0, where, new)
 
 

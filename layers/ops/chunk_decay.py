@@ -8,7 +8,7 @@ read after i steps) and y_j (they were written at step j),
     to_end(y)_j     = y_j exp(b_C - b_j)                  what is left of a write when the chunk ends
     through         = exp(b_C)                            what is left of the memory that the chunk began with
 
-No exponent is ever positive: exp(b_i) and exp(-b_j) are never formed apart, so that no decay is too strong.
+exp(b_i) and exp(-b_j) are never formed apart: no exponent is positive, so that no decay is too strong.
 
 The gradient needs no pass of its own. b_i stands wherever x_i does and -b_j wherever y_j does, always as their factor
 in the exponent: d b_i = sum over the readers x of <x_i, d x_i> - sum over the writers y of <y_i, d y_i>, and the memory
@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 from memzoo.layers.ops.unit_triangular import corners
+
+FORGETS_ALL = -1e4
+"""A log decay that leaves nothing in any dtype; differences of sums of it stay exact, those of -inf are NaN."""
 
 
 class ChunkDecay(ABC):
@@ -87,8 +90,8 @@ class HeadDecay(ChunkDecay):
     def __init__(self, log_decay: Tensor) -> None:
         dtype = log_decay.dtype
         exact = torch.float32 if log_decay.device.type == "mps" else torch.float64
-        total = log_decay.to(exact).cumsum(-2)
-        self.table = (total - total.mT).to(dtype).clamp_max_(0).exp_().tril_()
+        total = log_decay.to(exact).clamp_min(FORGETS_ALL).cumsum(-2)
+        self.table = (total - total.mT).to(dtype).tril_().exp_().tril_()
         self.start = total.to(dtype).exp()
         self.end = (total[..., -1:, :] - total).to(dtype).exp()
         self.through = self.start[..., -1:, :]

@@ -34,8 +34,8 @@ def delta_rule(
         k: Keys.
         v: Values.
         beta: Share of the error that is corrected.
-        log_decay: Logarithm of what a step keeps of the memory, finite and <= 0; None for everything. A new document
-            is a segment of its own (``cu_seqlens``), not a decay of -inf.
+        log_decay: Logarithm of what a step keeps of the memory, <= 0, and -inf where it forgets all; None for keeping
+            everything.
         state: The memory before the first token; zeros by default. Not changed.
         chunk_size: Tokens computed in parallel, rounded up to a power of two. Changes speed only.
         scale: Factor of the queries; ``K ** -0.5`` by default.

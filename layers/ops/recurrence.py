@@ -12,7 +12,7 @@ from memzoo.layers.ops.memory_arguments import blank_behind, working_dtype
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.ops.recurrence_fla import choose_fla, recur_by_fla
 from memzoo.layers.ops.recurrence_scan import RecurrenceScan
-from memzoo.layers.ops.segment_grid import SegmentGrid, check_segments
+from memzoo.layers.ops.segment_grid import SegmentGrid, check_borders, check_segments
 
 BACKENDS = ("torch", "fla")
 
@@ -75,7 +75,7 @@ def recur(
                 None if log_decay is None else log_decay.to(dtype).view(batch, time, heads, -1),
             )
             if cu_seqlens is not None:
-                ends = cu_seqlens.tolist()
+                ends = check_borders(cu_seqlens, time)
                 y, state = _run_segments(tokens, state, chunk_size, scale, [b - a for a, b in pairwise(ends)])
             elif time == 1:
                 y, state = _step(tokens, state, scale)
@@ -167,12 +167,14 @@ def check_recurrence(
     Raises:
         ValueError: One of them does not fit.
     """
-    if q.dim() != 4 or q.shape[1] < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (batch, time, heads, key width), time >= 1")
+    if q.dim() != 4 or not all(q.shape):
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}; it must be (batch, time, heads, key width), time >= 1 and no axis empty"
+        )
     batch, time, heads, width = q.shape
     if k.shape != q.shape:
         raise ValueError(f"k has shape {tuple(k.shape)}; it must match q, {tuple(q.shape)}")
-    if v.dim() != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % heads or not v.shape[2]:
+    if v.dim() != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % heads or not all(v.shape):
         raise ValueError(
             f"v has shape {tuple(v.shape)}; it must be (batch, time, value heads, value width) = "
             f"({batch}, {time}, a multiple of {heads}, any)"
@@ -193,7 +195,9 @@ def check_recurrence(
     check_backend(backend, BACKENDS)
     if cu_seqlens is not None:
         check_segments(cu_seqlens, "q", q, lengths)
-    elif lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
+    elif lengths is not None and (
+        lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool
+    ):
         raise ValueError(
             f"lengths has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; it must be (batch,) = ({batch},) "
             f"integers"

@@ -61,23 +61,28 @@ class RecurrenceScan(torch.autograd.Function):
         log_decay: Tensor | None,
         state: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        memory = state.clone()
-        starts = state.new_empty(len(q), *state.shape[1:])
+        memory = state.clone(memory_format=torch.contiguous_format)
+        stretches = _stretches(active, k)
+        trains = any(ctx.needs_input_grad)  # otherwise what a stretch leaves behind is overwritten by the next
+        room = len(q) if trains else max(stretch.chunks.stop - stretch.chunks.start for stretch in stretches)
+        starts = state.new_empty(room, *state.shape[1:])
         y = torch.empty_like(v)
-        inverse = None if beta is None else k.new_empty(*k.shape[:-1], k.shape[-2])
-        kept = v if beta is None else torch.empty_like(v)
-        for stretch in _stretches(active, k):
+        inverse = None if beta is None else k.new_empty(room, *k.shape[1:-1], k.shape[-2])
+        kept = v if beta is None else v.new_empty(room, *v.shape[1:])
+        for stretch in stretches:
             here = stretch.chunks
+            there = here if trains else slice(0, here.stop - here.start)
             decay = ChunkDecay.of(None if log_decay is None else log_decay[here])
             if beta is None or inverse is None:
                 written = v[here]
-                _accumulate(stretch, decay, k[here], written, memory, starts[here])
+                _accumulate(stretch, decay, k[here], written, memory, starts[there])
             else:
-                inverse[here] = inverse_of_unit_lower(decay.scores(k[here], k[here]).mul_(beta[here].mT))
-                _correct(stretch, decay, k[here], v[here], beta[here], inverse[here], memory, starts[here], kept[here])
-                written = beta[here] * kept[here]
+                inverse[there] = inverse_of_unit_lower(decay.scores(k[here], k[here]).mul_(beta[here].mT))
+                own = inverse[there], memory, starts[there], kept[there]
+                _correct(stretch, decay, k[here], v[here], beta[here], *own)
+                written = beta[here] * kept[there]
             inside = decay.scores(q[here], k[here]) @ written
-            inside += decay.from_start(q[here]) @ starts[here]
+            inside += decay.from_start(q[here]) @ starts[there]
             torch.mul(inside, scale, out=y[here])
         ctx.active, ctx.scale = active, scale
         ctx.save_for_backward(q, k, kept, beta, log_decay, starts, inverse)
@@ -88,8 +93,9 @@ class RecurrenceScan(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, kept, beta, log_decay, starts, inverse = ctx.saved_tensors
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(kept)
-        d_beta, d_decay = (None if gate is None else torch.empty_like(gate) for gate in (beta, log_decay))
-        d_memory = d_final.clone()
+        d_beta = None if beta is None else torch.empty_like(beta)
+        d_decay = torch.empty_like(log_decay) if ctx.needs_input_grad[6] else None
+        d_memory = d_final.clone(memory_format=torch.contiguous_format)
         with no_autocast(d_y.device):  # the caller's may be on
             for stretch in reversed(_stretches(ctx.active, k)):
                 here = stretch.chunks

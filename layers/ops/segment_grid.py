@@ -125,10 +125,20 @@ def check_segments(cu_seqlens: Tensor, name: str, x: Tensor, lengths: Tensor | N
             f"it must be (segments + 1,) integers, with segments >= 1"
         )
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        borders = cu_seqlens.tolist()
-        if borders[0] != 0 or borders[-1] != x.shape[1] or borders != sorted(borders):
-            shown = borders if len(borders) < 10 else [*borders[:4], "...", *borders[-4:]]
-            raise ValueError(
-                f"cu_seqlens={shown} does not cut {x.shape[1]} tokens into segments; "
-                f"it must start with 0, never fall, and end with {x.shape[1]}"
-            )
+        check_borders(cu_seqlens, x.shape[1])
+
+
+def check_borders(cu_seqlens: Tensor, time: int) -> list[int]:
+    """Return the borders as numbers, having waited for them.
+
+    Raises:
+        ValueError: They do not cut ``time`` tokens into segments.
+    """
+    borders: list[int] = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != time or borders != sorted(borders):
+        shown = borders if len(borders) < 10 else [*borders[:4], "...", *borders[-4:]]
+        raise ValueError(
+            f"cu_seqlens={shown} does not cut {time} tokens into segments; "
+            f"it must start with 0, never fall, and end with {time}"
+        )
+    return borders
