@@ -109,7 +109,7 @@ def _run_grid(grid: SegmentGrid, tokens: Tokens, state: Tensor, scale: float) ->
     q, k, v, beta, log_decay = tokens
     gates = (None if gate is None else grid.blank(grid.cut(gate)) for gate in (beta, log_decay))
     y, state = RecurrenceScan.apply(
-        grid.active, scale, grid.cut(q), grid.blank(grid.cut(k)), grid.cut(v), *gates, state
+        grid.active, scale, torch.is_grad_enabled(), grid.cut(q), grid.blank(grid.cut(k)), grid.cut(v), *gates, state
     )
     return grid.join(y, *q.shape[:2]), state
 

@@ -36,12 +36,12 @@ STRETCH = 2**17
 
 
 class RecurrenceScan(torch.autograd.Function):
-    """``y, state = RecurrenceScan.apply(active, scale, q, k, v, beta, log_decay, state)``, all chunks of all sequences.
+    """``y, state = RecurrenceScan.apply(active, scale, trains, q, k, v, beta, log_decay, state)``, for all chunks.
 
-    Kept for the backward pass are the inputs, the memory at the start of every chunk, the errors and the inverses of
-    the triangular systems; all products of queries and keys are formed again. The backward pass is written out: the
-    forward one transposed and in reverse, with one more simplification. The gradient of the triangular system is that
-    of its right-hand side times the errors, so the system is never differentiated as a solve.
+    Kept for the backward pass, if one ``trains``, are the inputs, the memory at the start of every chunk, the errors
+    and the inverses of the triangular systems; all products of queries and keys are formed again. The backward pass is
+    written out: the forward one transposed and in reverse, with one more simplification. The gradient of the triangular
+    system is that of its right-hand side times the errors, so the system is never differentiated as a solve.
 
     Shape:
         q, k: (chunks, heads, size, K). v, y: (chunks, heads, size, V). beta: (chunks, heads, size, 1), or None for
@@ -54,6 +54,7 @@ class RecurrenceScan(torch.autograd.Function):
         ctx: Any,
         active: tuple[int, ...],
         scale: float,
+        trains: bool,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -63,7 +64,6 @@ class RecurrenceScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         memory = state.clone(memory_format=torch.contiguous_format)
         stretches = _stretches(active, k)
-        trains = any(ctx.needs_input_grad)  # otherwise what a stretch leaves behind is overwritten by the next
         room = len(q) if trains else max(stretch.chunks.stop - stretch.chunks.start for stretch in stretches)
         starts = state.new_empty(room, *state.shape[1:])
         y = torch.empty_like(v)
@@ -94,7 +94,7 @@ class RecurrenceScan(torch.autograd.Function):
         q, k, kept, beta, log_decay, starts, inverse = ctx.saved_tensors
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(kept)
         d_beta = None if beta is None else torch.empty_like(beta)
-        d_decay = torch.empty_like(log_decay) if ctx.needs_input_grad[6] else None
+        d_decay = torch.empty_like(log_decay) if ctx.needs_input_grad[7] else None
         d_memory = d_final.clone(memory_format=torch.contiguous_format)
         with no_autocast(d_y.device):  # the caller's may be on
             for stretch in reversed(_stretches(ctx.active, k)):
@@ -116,7 +116,7 @@ class RecurrenceScan(torch.autograd.Function):
                     None if d_beta is None else d_beta[here],
                     None if d_decay is None else d_decay[here],
                 )
-        return None, None, d_q, d_k, d_v, d_beta, d_decay, d_memory
+        return None, None, None, d_q, d_k, d_v, d_beta, d_decay, d_memory
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ def check_segments(cu_seqlens: Tensor, name: str, x: Tensor, lengths: Tensor | N
         raise ValueError("lengths and cu_seqlens both say which tokens exist; pass one of them, or neither")
     if x.shape[0] != 1:
         raise ValueError(f"{name} has batch {x.shape[0]}; with cu_seqlens all segments lie in one row: use batch 1")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+    whole = not cu_seqlens.is_floating_point() and cu_seqlens.dtype != torch.bool
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or not whole:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
             f"it must be (segments + 1,) integers, with segments >= 1"

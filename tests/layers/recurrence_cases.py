@@ -8,7 +8,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from memzoo.layers.ops.delta_rule import delta_rule
 from memzoo.layers.ops.linear_recurrence import linear_recurrence
@@ -128,6 +129,18 @@ def run(function: Op, case: Case, **options: Any) -> dict[str, Tensor]:
     gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True, materialize_grads=True)
     named = {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return {"y": y.detach(), "state": state.detach()} | named
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that an operation returned."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **kwargs or {})
+        sizes = [x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.nbytes = max([self.nbytes, *sizes])
+        return result
 
 
 def borders(lengths: list[int]) -> Tensor:

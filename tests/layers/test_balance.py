@@ -1,5 +1,7 @@
 """Balance losses: exact values (spec check 15), what their gradients reach, and what does not count."""
 
+from itertools import permutations
+
 import pytest
 import torch
 from torch import Tensor
@@ -109,6 +111,14 @@ def test_pooling_counts_tokens_not_layers() -> None:
 def test_the_losses_of_layers_are_averaged(kind: str) -> None:
     first, second = collapsed([0]), routed(random_logits(), 1)
     assert_is(balance_of(kind, first, second), (balance_of(kind, first) + balance_of(kind, second)) / 2)
+
+
+@pytest.mark.parametrize(("first", "second"), [*permutations(BALANCES, 2)])
+def test_layers_that_balance_in_different_ways_are_refused(first: str, second: str) -> None:
+    trace, row_of = Trace(), torch.zeros(24, dtype=torch.long)
+    report_balance(trace.scope("0"), first, 1.0, *routed(random_logits(), 2), row_of, 1)
+    with pytest.raises(ValueError, match=r"'1\.balance' and '0\.balance' are pooled in different ways"):
+        report_balance(trace.scope("1"), second, 1.0, *routed(random_logits(), 2), row_of, 1)
 
 
 @pytest.mark.parametrize("kind", BALANCES)

@@ -77,13 +77,32 @@ def test_19_a_step_of_two_reflects_and_twice_is_nothing():
     assert_close(delta_rule(**case)[1], case["state"])
 
 
+@pytest.mark.parametrize(("name", "bound"), [("deltanet", 1.5e-4), ("gated_deltanet", 7e-6), ("kda", 4e-6)])
+def test_21_reflections_at_keys_that_almost_repeat_lose_little_in_float32(name, bound):
+    """Steps of 2, at the edge of what is stable: nothing is damped unless the memory decays.
+
+    Sums over a chunk then have terms of either sign that almost cancel, entries up to 2 of the inverse times beta = 2:
+    64 * 4 * 2**-24 = 1.5e-5 of rounding a chunk, for three chunks. Over seeds and distances of the keys from 0 to 0.1
+    at most 4.5e-5 were seen, and 2.3e-6 and 1.2e-6 with decays; the bounds are three times that.
+    """
+    case = make_case(RULES[name], batch=1, time=192, key_dim=16, value_dim=16)
+    case["k"] = F.normalize(0.25 + 0.01 * case["k"], dim=-1)
+    case["beta"] = torch.full_like(case["beta"], 2.0)
+    assert_float32_within(bound, case)
+
+
 @pytest.mark.parametrize("name", DELTA_RULES)
 def test_21_repeated_keys_cost_no_precision_in_float32(name):
     case = make_case(RULES[name], batch=1, time=192, key_dim=16, value_dim=16)
     key = F.normalize(torch.ones(16, dtype=torch.float64) + 0.1 * case["k"][0, 0, 0], dim=-1)
     case["k"] = key.expand_as(case["k"])
     case["beta"] = torch.ones_like(case["beta"])
+    assert_float32_within(1e-5, case)
+
+
+def assert_float32_within(bound, case):
+    """Compare the op in float32 with the loop in float64, by the largest of each result."""
     case = cast(case, torch.float32)
     actual, expected = run(delta_rule, case, chunk_size=64), run(reference.delta_rule, cast(case, torch.float64))
     for name, exact in expected.items():
-        assert (actual[name] - exact).abs().max() < 1e-5 * exact.abs().max().clamp_min(1), name
+        assert (actual[name] - exact).abs().max() < bound * exact.abs().max().clamp_min(1), name

@@ -1,13 +1,16 @@
 """The rules: gates and queries as the papers write them, by hand; what one rule becomes where another begins."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from memzoo.layers import MATRIX_RULES, MatrixRule
+from memzoo.layers import MATRIX_RULES, LinearAttention, MatrixRule
 from memzoo.layers.matrix_rule import unit
+from memzoo.layers.mixture_of_memories import MixtureOfMemories
+from memzoo.layers.ops import backend
 from memzoo.layers.reference.delta_rule import delta_rule
 from memzoo.layers.reference.linear_recurrence import linear_recurrence
 
@@ -329,3 +332,11 @@ def test_gates_are_computed_in_float32_under_autocast(name):
 def test_bad_options_are_refused(name, options, words):
     with pytest.raises(ValueError, match=words):
         build(name, **options)
+
+
+def test_what_divides_in_float32_is_refused_to_kernels_that_have_none(monkeypatch):
+    monkeypatch.setattr(backend, "is_installed", lambda _: True)
+    for layer in (LinearAttention, partial(MixtureOfMemories, rule="linear_attention")):
+        with pytest.raises(ValueError, match=r"normalize=True .*backend='fla'.*normalize=False.*backend='auto'"):
+            layer(DIM, num_heads=H, backend="fla")
+    assert LinearAttention(DIM, num_heads=H, normalize=False, backend="fla").rule.backend == "fla"

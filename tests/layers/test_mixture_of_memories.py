@@ -20,6 +20,7 @@ from tests.layers.mixture_cases import (
     MEMORIES,
     PLACES,
     RULES,
+    VALUE,
     assert_close,
     assert_is,
     build,
@@ -36,9 +37,11 @@ from tests.layers.mixture_cases import (
 EXACT = 1e-12
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_01_one_memory_is_the_base_layer(rule: str) -> None:
-    layer = build(rule=rule, num_memories=1, top_k=1, shared=False, output_gate=False)
+@pytest.mark.parametrize(
+    ("rule", "output_gate"), [*((rule, False) for rule in RULES), *((rule, True) for rule in RULES if rule != "kda")]
+)
+def test_01_one_memory_is_the_base_layer(rule: str, output_gate: bool) -> None:
+    layer = build(rule=rule, num_memories=1, top_k=1, shared=False, output_gate=output_gate)
     y, state = layer(tokens())
     expected, end = plain(layer, 0, rule)(tokens())
     assert_close(y, expected, EXACT)
@@ -91,9 +94,10 @@ def test_03_the_order_of_memories_does_not_matter(place: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("rule", RULES)
-def test_05_it_is_the_loop_over_tokens(rule: str, place: str) -> None:
-    layer = build(rule=rule, conv=place)
-    assert_is(layer, tokens(), mixture_of_memories(tokens(), mixture_of(layer)))
+@pytest.mark.parametrize(("time", "chunk_size"), [(11, 64), (40, 4)])
+def test_05_it_is_the_loop_over_tokens(rule: str, place: str, time: int, chunk_size: int) -> None:
+    layer, x = build(rule=rule, conv=place, chunk_size=chunk_size), tokens(time=time)
+    assert_is(layer, x, mixture_of_memories(x, mixture_of(layer)))
 
 
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -121,11 +125,12 @@ def test_05_mixing_states_before_the_query_is_the_same_where_all_are_asked_the_s
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_05_gradients_are_those_of_the_loop_over_tokens(place: str) -> None:
-    layer = build(conv=place)
+@pytest.mark.parametrize(("time", "chunk_size"), [(11, 64), (40, 4)])
+def test_05_gradients_are_those_of_the_loop_over_tokens(place: str, time: int, chunk_size: int) -> None:
+    layer = build(conv=place, chunk_size=chunk_size)
     results = []
     for reference in (False, True):
-        x = tokens().requires_grad_()
+        x = tokens(time=time).requires_grad_()
         if reference:
             y, memories, tails, _ = mixture_of_memories(x, mixture_of(layer))
         else:
@@ -203,6 +208,23 @@ def test_12_all_memories_with_equal_weights_are_the_base_layer_whatever_the_rout
     base = plain(layer, 0, rule)
     layer.norm = base.norm = torch.nn.Identity()
     assert_close(layer(tokens())[0], base(tokens())[0], EXACT)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+def test_12_all_memories_are_mixed_by_the_softmax(rule: str, renormalize: bool) -> None:
+    """What each reads alone, added up; then the norm and the gate."""
+    layer, x = build(rule=rule, top_k=MEMORIES, renormalize=renormalize, output_gate=False), tokens()
+    reads = []
+    for memory in range(MEMORIES + 1):
+        base = plain(layer, memory, rule)
+        base.norm = base.out = torch.nn.Identity()
+        reads.append(base(x)[0].unflatten(-1, (HEADS, VALUE)))
+    logits = (x @ layer.router.weight.mT).exp()
+    p = (logits / logits.sum(-1, keepdim=True))[..., None, None]
+    mixed = sum(p[:, :, m] * reads[m] for m in range(MEMORIES)) + reads[-1]
+    normal = mixed / (mixed.square().mean(-1, keepdim=True) + layer.norm.eps).sqrt() * layer.norm.weight
+    assert_close(layer(x)[0], normal.flatten(2) @ layer.out.weight.mT, EXACT)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -299,6 +321,22 @@ def test_17_gradients_are_differences_where_segments_are_shorter_than_the_convol
 
     inputs = (x, filters, start.memories.detach(), start.conv.detach())
     assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in inputs], fast_mode=True)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rule", RULES)
+def test_17_gradients_of_all_weights_are_differences(rule: str, place: str) -> None:
+    layer, x = (
+        build(rule=rule, conv=place, chunk_size=2),
+        choose(tokens(time=5), [[0, 1], [2, 0], [0, 1], [1, 0], [0, 2]]),
+    )
+    names, values = zip(*((name, value.detach().clone()) for name, value in layer.named_parameters()), strict=True)
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        y, end = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+        return y, end.memories, end.conv
+
+    assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in values], fast_mode=True)
 
 
 def test_17_a_single_token_leaves_most_memories_empty_and_nothing_infinite() -> None:

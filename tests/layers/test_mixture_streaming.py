@@ -1,11 +1,14 @@
-"""MixtureOfMemories in time and across rows: spec section 7, checks 6-9, 11, 14, 16 and 24."""
+"""MixtureOfMemories in time and across rows: spec section 7, checks 6-9, 11, 14, 16, 22 and 24; states of others."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from memzoo.layers.mixture_of_memories import MixtureOfMemories
@@ -16,12 +19,15 @@ from tests.layers.mixture_cases import (
     KEY,
     MEMORIES,
     PLACES,
+    PLAIN,
     RULES,
+    SIZES,
     VALUE,
     WIDTH,
     assert_close,
     build,
     choose,
+    few_cases,
     mixture_of,
     pad,
     run_by,
@@ -126,6 +132,23 @@ def test_09_every_way_of_cutting_gives_the_same_with_every_option(options: dict[
         again, end = run_by(layer, x, cuts)
         assert_close(again, y)
         assert_close(end, state)
+
+
+@few_cases
+@given(
+    st.sampled_from(RULES),
+    st.sampled_from(PLACES),
+    st.lists(st.integers(1, 39), min_size=1, unique=True).map(sorted),
+    st.lists(st.permutations(range(MEMORIES)), min_size=40, max_size=40),
+)
+def test_09_random_cuts_of_random_routes_give_the_same(
+    rule: str, place: str, cuts: list[int], routes: list[list[int]]
+) -> None:
+    layer, x = build(rule=rule, conv=place, chunk_size=4), choose(tokens(time=40), [route[:2] for route in routes])
+    y, state = layer(x)
+    again, end = run_by(layer, x, cuts)
+    assert_close(again, y)
+    assert_close(end, state)
 
 
 @pytest.mark.parametrize("new", [1, 2, 4, 5, 66])
@@ -251,6 +274,75 @@ def test_16_padded_or_packed_is_as_one_by_one(layout: str, place: str) -> None:
         assert not y[~mask].any()
     for output, (alone, _) in zip(outputs, expected, strict=True):
         assert_close(output, alone[0], EXACT)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rule", RULES)
+def test_16_a_call_of_masked_tokens_alone_gives_every_parameter_a_gradient_of_zero(rule: str, place: str) -> None:
+    layer, x = build(rule=rule, conv=place), tokens().requires_grad_()
+    y, state = layer(x, mask=torch.zeros(2, 11, dtype=torch.bool))
+    assert_close(state, layer.initial_state(2), 0)
+    (y.square().sum() + y.sum()).backward()
+    for name, value in {"x": x, **dict(layer.named_parameters())}.items():
+        assert value.grad is not None, name
+        assert not value.grad.any(), name
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("rule", ["gated_deltanet", "kda"])
+def test_22_thousands_of_steps_that_forget_all_are_finite_and_right(rule: str, mixture: bool) -> None:
+    """Log decays of about -200 a step: softplus(20) of -10."""
+    if mixture:
+        layer = build(rule=rule, dtype=torch.float32)
+    else:
+        torch.manual_seed(0)
+        layer = PLAIN[rule](DIM, **SIZES)
+    with torch.no_grad():
+        layer.rule.step_bias.fill_(20)
+        layer.rule.decay_log.fill_(math.log(10))
+    _, decay = layer.rule.gate_values(torch.zeros(1, 1, layer.rule.gate_width), torch.zeros(1, 1, HEADS, VALUE))
+    torch.testing.assert_close(decay, torch.full_like(decay, -200.0))
+    x = tokens(batch=1, time=4000).float().requires_grad_()
+    y, state = layer(x)
+    gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    assert all(value.isfinite().all() for value in (y, *state.named_tensors().values(), *gradients))
+    exact, _ = layer.double()(x.detach().double())
+    assert_close(y.double(), exact, few_roundings(y))
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "fewer_memories": dict(num_memories=3),
+    "a_memory_more_and_none_shared": dict(num_memories=5, shared=False),
+    "none_shared": dict(shared=False),
+    "wider_values": dict(value_dim=2 * VALUE),
+    "other_rule": dict(rule="linear_attention"),
+    "no_convolution": dict(conv=None),
+    "convolved_input": dict(conv="input"),
+    "longer_convolution": dict(conv_width=WIDTH + 1),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_a_state_of_another_layer_is_refused_and_kept(options: dict[str, Any], donate: bool) -> None:
+    with torch.no_grad():
+        _, state = MixtureOfMemories(DIM, **SIZES | options).double()(tokens())
+        before = state.clone()
+        with pytest.raises(ValueError, match=r"state holds memories .*this layer's are .*start afresh"):
+            build()(tokens(), state, donate=donate)
+    assert_close(state, before, 0)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_state_that_counts_other_memories_is_refused_and_kept(donate: bool) -> None:
+    layer = build()
+    with torch.no_grad():
+        _, state = layer(tokens())
+        state = replace(state, tokens_seen=state.tokens_seen[:, 1:])
+        before = state.clone()
+        with pytest.raises(ValueError, match=r"counts of 3 memories.* and 4"):
+            layer(tokens(), state, donate=donate)
+    assert_close(state, before, 0)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -1,6 +1,9 @@
 """The fla backend: what its ops are called with, told by stand-ins that have their signatures, and where it applies."""
 
+import ast
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,6 +15,7 @@ from memzoo.layers.ops.linear_recurrence import linear_recurrence
 from memzoo.layers.reference.delta_rule import delta_rule as delta_loop
 from memzoo.layers.reference.linear_recurrence import linear_recurrence as linear_loop
 
+FLA = find_spec("fla")  # the installed one, found before stand-ins take its name
 # (module, op, has beta, the decay's axes beside batch and time): fla-core 0.6.0, fla/ops/*/chunk.py.
 OPS = [
     ("simple_gla", "chunk_simple_gla", False, None),
@@ -63,7 +67,12 @@ def inputs(has_beta, decay, *, time=11, rows=2, dtype=torch.float32):
     return [q, torch.nn.functional.normalize(k, dim=-1), v, *gates, log_decay]
 
 
-@pytest.mark.parametrize(("module", "op", "has_beta", "decay"), OPS, ids=[f"{op[0]}-{op[3]}" for op in OPS])
+each_op = pytest.mark.parametrize(
+    ("module", "op", "has_beta", "decay"), OPS, ids=[f"{module}-{decay}" for module, *_, decay in OPS]
+)
+
+
+@each_op
 @pytest.mark.parametrize("ragged", [False, True], ids=["rows", "segments"])
 def test_an_op_of_fla_gets_its_arguments(stand_ins, module, op, has_beta, decay, ragged):
     ours = delta_rule if has_beta else linear_recurrence
@@ -78,6 +87,33 @@ def test_an_op_of_fla_gets_its_arguments(stand_ins, module, op, has_beta, decay,
     torch.testing.assert_close(end, expected_end, rtol=0, atol=1e-5)
     if ragged:
         assert torch.equal(end[1], state[1]), "an empty segment lost its state"
+
+
+def parameters_of(module, op):
+    """Names and required names of an op of the fla that is installed; read, not imported, since that needs Triton."""
+    if FLA is None or not FLA.submodule_search_locations:
+        pytest.skip("needs fla-core: pip install 'memzoo[peers]'")
+    tree = ast.parse(Path(FLA.submodule_search_locations[0], "ops", module, "chunk.py").read_text())
+    (arguments,) = (node.args for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == op)
+    assert not arguments.posonlyargs
+    positional = [argument.arg for argument in arguments.args]
+    required = positional[: len(positional) - len(arguments.defaults)]
+    required += [a.arg for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if not default]
+    return {*positional, *(argument.arg for argument in arguments.kwonlyargs)}, {*required}
+
+
+@each_op
+def test_fla_as_it_is_installed_takes_these_arguments(monkeypatch, stand_ins, module, op, has_beta, decay):
+    """By name: what an op has no name for, most would take as **kwargs and leave unread."""
+    names, required = parameters_of(module, op)
+    fake, passed = sys.modules[f"fla.ops.{module}"], []
+    stand_in = getattr(fake, op)
+    monkeypatch.setattr(fake, op, lambda **options: passed.append({*options}) or stand_in(**options))
+    ours, cu_seqlens = delta_rule if has_beta else linear_recurrence, torch.tensor([0, 4, 13])
+    ours(*inputs(has_beta, decay, time=13), cu_seqlens=cu_seqlens, backend="fla")
+    (keywords,) = passed
+    assert "cu_seqlens" in keywords
+    assert required <= keywords <= names
 
 
 def test_half_precision_goes_in_and_comes_out(stand_ins):

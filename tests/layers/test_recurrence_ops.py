@@ -5,16 +5,18 @@ Numbered as in the specification; float64 unless a test says otherwise.
 
 import inspect
 from functools import cache
+from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.layers.recurrence_cases import (
     RULES,
     Case,
+    LargestTensor,
     Rule,
     assert_close,
     assert_same_bits,
@@ -109,6 +111,34 @@ def test_04_every_input_alone_has_its_gradient(rule):
 
 
 @each_rule
+@pytest.mark.parametrize("layout", ["rows", "segments"])
+def test_04_frozen_inputs_change_no_gradient_of_the_others(rule, layout):
+    case, options = laid_out(rule, layout)
+    together = run(rule.op, case, **options)
+    for frozen in [*combinations(case, 1), *combinations(case, 2)]:
+        rest = run(lambda frozen=frozen, **x: rule.op(**case | x, **options), without(case, *frozen))
+        assert_same_bits(rest, without(together, *(f"gradient of {name}" for name in frozen)))
+
+
+def laid_out(rule: Rule, layout: str) -> tuple[Case, dict[str, object]]:
+    """A case of two states, of a row each or of a segment each."""
+    if layout == "rows":
+        return make_case(rule, time=9), {"chunk_size": 4}
+    return make_case(rule, batch=1, time=12, states=2), {"chunk_size": 4, "cu_seqlens": borders([9, 3])}
+
+
+@each_rule
+@pytest.mark.parametrize("layout", ["rows", "segments", "token"])
+def test_04_the_state_may_lie_in_memory_in_any_order(rule, layout):
+    case, options = (make_case(rule, time=1), {}) if layout == "token" else laid_out(rule, layout)
+    expected = run(rule.op, case, **options)
+    for axes in [(0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0)]:  # each its own inverse
+        state = case["state"].permute(axes).contiguous().permute(axes)
+        assert not state.is_contiguous()
+        assert_close(run(rule.op, case | {"state": state}, **options), expected, 1e-12)
+
+
+@each_rule
 def test_04_without_gradients_the_results_are_the_same_bits(rule):
     case = make_case(rule, time=20)
     expected = run(rule.op, case, chunk_size=8)
@@ -126,6 +156,27 @@ def test_04_strong_decays_among_weak_ones_equal_the_loop(rule, chunk_size):
     expected = run(rule.loop, case)
     assert_close(run(rule.op, case, chunk_size=chunk_size), expected)
     single = run(rule.op, cast(case, torch.float32), chunk_size=chunk_size)
+    assert_close({name: x.double() for name, x in single.items()}, expected, 1e-5)
+
+
+@random_cases
+@given(cases(), st.lists(st.sampled_from([-torch.inf, -5.0, -0.1, 0.0, 0.1]), min_size=1), st.integers(0, 99))
+def test_04_decays_that_forget_all_or_let_the_memory_grow_equal_the_loop(drawn, decays, seed):
+    """Where all is forgotten, the gradient of the decay is zero."""
+    rule, case, options = drawn
+    assume(rule.decay is not None)
+    shape, draw = case["log_decay"].shape, torch.Generator().manual_seed(seed)
+    values = torch.tensor(decays, dtype=torch.float64)
+    case["log_decay"] = values[torch.randint(len(decays), shape, generator=draw)]
+    assert_close(run(rule.op, case, **options), run(rule.loop, case, **options))
+
+
+@each_decay
+def test_04_decays_that_forget_all_lose_nothing_of_weak_ones_beside_them_in_float32(rule):
+    case = make_case(rule, time=70)
+    case["log_decay"][:, ::9] = -torch.inf
+    expected = run(rule.loop, case)
+    single = run(rule.op, cast(case, torch.float32))
     assert_close({name: x.double() for name, x in single.items()}, expected, 1e-5)
 
 
@@ -261,6 +312,17 @@ def test_22_fifty_thousand_steps_that_forget_all_are_finite_and_exact(rule):
     assert_close(actual, run(only_the_token_itself, case), 1e-5)
 
 
+@each_rule
+@pytest.mark.parametrize("tracked", [False, True])
+def test_22_without_gradients_no_memory_of_every_chunk_is_kept(rule, tracked):
+    """They would take four times as much as the tokens; whatever else is made takes as much at most."""
+    case = cast(make_case(rule, batch=1, time=2**14, heads=1, key_dim=64, value_dim=64), torch.float32)
+    case = {name: x.requires_grad_(tracked) for name, x in case.items()}
+    with torch.no_grad(), LargestTensor() as largest:
+        rule.op(**case, chunk_size=16)
+    assert largest.nbytes <= case["q"].nbytes
+
+
 # Dtypes, states, compilers.
 
 
@@ -329,6 +391,11 @@ INTEGERS = {name: torch.zeros(2, 5, 2, width).long() for name, width in {"q": 3,
 WRONG = {
     "axes": ({"q": torch.zeros(2, 5, 3)}, r"q has shape \(2, 5, 3\)"),
     "no_tokens": ({"q": torch.zeros(2, 0, 2, 3)}, r"q has shape \(2, 0, 2, 3\).*time >= 1"),
+    "no_rows": ({"q": torch.zeros(0, 5, 2, 3)}, r"q has shape \(0, 5, 2, 3\)"),
+    "no_heads": ({"q": torch.zeros(2, 5, 0, 3)}, r"q has shape \(2, 5, 0, 3\)"),
+    "no_key_width": ({"q": torch.zeros(2, 5, 2, 0)}, r"q has shape \(2, 5, 2, 0\)"),
+    "no_value_width": ({"v": torch.zeros(2, 5, 2, 0)}, r"v has shape \(2, 5, 2, 0\)"),
+    "no_value_heads": ({"v": torch.zeros(2, 5, 0, 4)}, r"v has shape \(2, 5, 0, 4\)"),
     "k": ({"k": torch.zeros(2, 5, 2, 4)}, r"k has shape \(2, 5, 2, 4\).*\(2, 5, 2, 3\)"),
     "v_time": ({"v": torch.zeros(2, 4, 2, 4)}, r"v has shape \(2, 4, 2, 4\)"),
     "v_heads": ({"v": torch.zeros(2, 5, 3, 4)}, r"v has shape \(2, 5, 3, 4\).*multiple"),
@@ -340,6 +407,7 @@ WRONG = {
     "backend": ({"backend": "trch"}, "backend='trch'.*did you mean 'torch'"),
     "lengths": ({"lengths": torch.zeros(3).long()}, r"lengths has shape \(3,\).*\(2,\)"),
     "lengths_dtype": ({"lengths": torch.zeros(2)}, "lengths .*torch.float32"),
+    "lengths_bool": ({"lengths": torch.ones(2).bool()}, "lengths .*torch.bool"),
     "batch": ({"cu_seqlens": borders([5])}, "batch.*cu_seqlens"),
 }
 WRONG_SEGMENTS = {
@@ -350,6 +418,8 @@ WRONG_SEGMENTS = {
     "dtype": ({"cu_seqlens": torch.tensor([0.0, 2.0, 5.0])}, "cu_seqlens .*torch.float32"),
     "first": ({"cu_seqlens": torch.tensor([1, 2, 5])}, r"cu_seqlens=\[1, 2, 5\]"),
     "last": ({"cu_seqlens": torch.tensor([0, 2, 4])}, r"cu_seqlens=\[0, 2, 4\].*5"),
+    "bool": ({"cu_seqlens": torch.tensor([False, True, True])}, "cu_seqlens"),
+    "negative": ({"cu_seqlens": torch.tensor([0, -1, 5])}, r"cu_seqlens=\[0, -1, 5\]"),
     "falling": ({"cu_seqlens": torch.tensor([0, 6, 5])}, r"cu_seqlens=\[0, 6, 5\]"),
 }
 each_arity = pytest.mark.parametrize("rule", [RULES["gla"], RULES["kda"]], ids=["linear_recurrence", "delta_rule"])
