@@ -19,6 +19,7 @@ and one for the memory. All else is done for a stretch of chunks at once: on the
 what a stretch needs for itself is never written to memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +132,16 @@ class _Stretch:
     chunks: slice
     steps: list[slice]
 
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
+        """(chunks of the stretch, heads, ...) -> the (chunks of a step * heads, ...) of every step, views."""
+        heads = x.shape[1]
+        parts: Sequence[Tensor] = x.flatten(0, 1).split([(step.stop - step.start) * heads for step in self.steps])
+        return parts
+
+    def cut_or_not(self, x: Tensor | None) -> Sequence[Tensor | None]:
+        """``cut``, or as many None."""
+        return [None] * len(self.steps) if x is None else self.cut(x)
+
 
 def _stretches(active: tuple[int, ...], k: Tensor) -> list[_Stretch]:
     """Cut a scan into stretches, by what (chunks, heads, size, K) keys and scores take on the CPU; elsewhere not."""
@@ -151,13 +162,13 @@ def _stretches(active: tuple[int, ...], k: Tensor) -> list[_Stretch]:
 
 def _accumulate(stretch: _Stretch, decay: ChunkDecay, k: Tensor, v: Tensor, memory: Tensor, starts: Tensor) -> None:
     """Scan S <- through S + to_end(k)^T v over ``memory``; fill ``starts`` with every S before its chunk."""
-    added = decay.to_end(k).mT @ v
-    for step in stretch.steps:
-        own = memory[: step.stop - step.start]
-        starts[step] = own
-        if decay.through is not None:
-            own.mul_(decay.through[step])
-        own.add_(added[step])
+    flat, added = memory.flatten(0, 1), decay.to_end(k).mT @ v
+    for start, through, new in zip(*map(stretch.cut_or_not, (starts, decay.through, added)), strict=True):
+        own = flat[: len(start)]
+        start.copy_(own)
+        if through is not None:
+            own.mul_(through)
+        own.add_(new)
 
 
 def _correct(
@@ -172,16 +183,17 @@ def _correct(
     error: Tensor,
 ) -> None:
     """Scan E = inverse (v - from_start(k) S), S <- through S + to_end(k)^T beta E; fill ``starts`` and ``error``."""
-    write, read = decay.to_end(k) * beta, decay.from_start(k)
-    for step in stretch.steps:
-        own = memory[: step.stop - step.start]
-        starts[step] = own
-        flat, here = own.flatten(0, 1), error[step].flatten(0, 1)
-        rest = torch.baddbmm(v[step].flatten(0, 1), read[step].flatten(0, 1), flat, alpha=-1)
-        torch.bmm(inverse[step].flatten(0, 1), rest, out=here)
-        if decay.through is not None:
-            own.mul_(decay.through[step])
-        flat.baddbmm_(write[step].flatten(0, 1).mT, here)
+    flat, write = memory.flatten(0, 1), (decay.to_end(k) * beta).mT
+    steps = map(stretch.cut, (starts, v, decay.from_start(k), inverse, error, write))
+    for through, start, value, read, solve, own_error, writes in zip(
+        stretch.cut_or_not(decay.through), *steps, strict=True
+    ):
+        own = flat[: len(start)]
+        start.copy_(own)
+        torch.bmm(solve, torch.baddbmm(value, read, own, alpha=-1), out=own_error)
+        if through is not None:
+            own.mul_(through)
+        own.baddbmm_(writes, own_error)
 
 
 def _backward(
@@ -213,21 +225,22 @@ def _backward(
 
     # The scan, last chunk first. d_after: of the memory after each; d_rest: of the triangular system's right side.
     d_after, d_rest = torch.empty_like(starts), None
+    steps = [*map(stretch.cut_or_not, (decay.through, d_starts, d_after))]
     if beta is not None and inverse is not None:
         d_rest = d_v
-        read, weighted = decay.from_start(k), inverse * beta
-    for step in reversed(stretch.steps):
-        after, before, own = d_after[step], d_starts[step], d_memory[: step.stop - step.start]
+        steps += map(stretch.cut, (d_written, write, (inverse * beta).mT, d_rest, decay.from_start(k).mT))
+    flat = d_memory.flatten(0, 1)
+    for through, before, after, *rule in reversed([*zip(*steps, strict=True)]):
+        own = flat[: len(after)]
         after.copy_(own)
-        if d_rest is not None:
-            d_write = d_written[step].flatten(0, 1).baddbmm_(write[step].flatten(0, 1), after.flatten(0, 1))
-            rest = d_rest[step].flatten(0, 1)
-            torch.bmm(weighted[step].flatten(0, 1).mT, d_write, out=rest)
-            before.flatten(0, 1).baddbmm_(read[step].flatten(0, 1).mT, rest, alpha=-1)
-        if decay.through is None:
+        if rule:
+            d_write, writes, solve, rest, read = rule
+            torch.bmm(solve, d_write.baddbmm_(writes, after), out=rest)
+            before.baddbmm_(read, rest, alpha=-1)
+        if through is None:
             torch.add(before, after, out=own)
         else:
-            torch.addcmul(before, decay.through[step], after, out=own)
+            torch.addcmul(before, through, after, out=own)
     if d_rest is None:
         torch.add(d_written, write @ d_after, out=d_v)
 

@@ -82,6 +82,7 @@ def against_peers(time: int = 2048, heads: int = 4, head_dim: int = 64) -> Case:
                 time,
                 delta_products(1, time, heads, head_dim=head_dim, chunk_size=min(64, time)),
             ),
+            rule("memzoo ops.delta_rule, chunk_size=32", delta_rule, time, heads, head_dim, chunk_size=32),
             hugging_face(time, heads, head_dim),
             rule(loop, delta_rule_loop, min(time, LOOP_TOKENS), heads, head_dim),
         ],
