@@ -163,7 +163,9 @@ def _stretches(active: tuple[int, ...], k: Tensor) -> list[_Stretch]:
 def _accumulate(stretch: _Stretch, decay: ChunkDecay, k: Tensor, v: Tensor, memory: Tensor, starts: Tensor) -> None:
     """Scan S <- through S + to_end(k)^T v over ``memory``; fill ``starts`` with every S before its chunk."""
     flat, added = memory.flatten(0, 1), decay.to_end(k).mT @ v
-    for start, through, new in zip(*map(stretch.cut_or_not, (starts, decay.through, added)), strict=True):
+    for through, start, new in zip(
+        stretch.cut_or_not(decay.through), stretch.cut(starts), stretch.cut(added), strict=True
+    ):
         own = flat[: len(start)]
         start.copy_(own)
         if through is not None:
@@ -184,7 +186,7 @@ def _correct(
 ) -> None:
     """Scan E = inverse (v - from_start(k) S), S <- through S + to_end(k)^T beta E; fill ``starts`` and ``error``."""
     flat, write = memory.flatten(0, 1), (decay.to_end(k) * beta).mT
-    steps = map(stretch.cut, (starts, v, decay.from_start(k), inverse, error, write))
+    steps = [stretch.cut(part) for part in (starts, v, decay.from_start(k), inverse, error, write)]
     for through, start, value, read, solve, own_error, writes in zip(
         stretch.cut_or_not(decay.through), *steps, strict=True
     ):
@@ -225,12 +227,12 @@ def _backward(
 
     # The scan, last chunk first. d_after: of the memory after each; d_rest: of the triangular system's right side.
     d_after, d_rest = torch.empty_like(starts), None
-    steps = [*map(stretch.cut_or_not, (decay.through, d_starts, d_after))]
+    parts = [decay.through, d_starts, d_after]
     if beta is not None and inverse is not None:
         d_rest = d_v
-        steps += map(stretch.cut, (d_written, write, (inverse * beta).mT, d_rest, decay.from_start(k).mT))
-    flat = d_memory.flatten(0, 1)
-    for through, before, after, *rule in reversed([*zip(*steps, strict=True)]):
+        parts += [d_written, write, (inverse * beta).mT, d_rest, decay.from_start(k).mT]
+    flat, steps = d_memory.flatten(0, 1), zip(*[stretch.cut_or_not(part) for part in parts], strict=True)
+    for through, before, after, *rule in reversed(list(steps)):
         own = flat[: len(after)]
         after.copy_(own)
         if rule:
