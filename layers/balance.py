@@ -98,6 +98,9 @@ def layer_sequence_balance(probabilities: Tensor, indices: Tensor, row_of: Tenso
     return losses.sum() / (tokens > 0).sum().clamp_min(1)
 
 
+# Two names for one mean: ``Trace.pool`` refuses to mix what is combined by different functions.
+
+
 def _mean_of_layers(losses: Tensor) -> Tensor:
     return losses.mean()
 

@@ -290,9 +290,6 @@ class MixtureOfMemories(SequenceMixer):
         lengths = buckets.counts
         if self.shared:  # one more memory, that takes every token
             lengths = [*lengths, buckets.row_counts]
-            position = torch.cat((position.repeat_interleave(self.top_k)[buckets.order], position))
-        else:
-            position = position.repeat_interleave(self.top_k)[buckets.order]
         held = [(m, b) for m in range(count) for b in range(rows) if lengths[m][b]]
         if not held:  # nothing to read; parameters stay in the graph, as distributed training expects
             nothing = 0 * sum(parameter.sum() for parameter in self.parameters())
@@ -314,7 +311,7 @@ class MixtureOfMemories(SequenceMixer):
         k, v = kv.split(self.widths[1:], dim=-1)
         q, k = (part.unflatten(-1, (rule.num_heads, rule.key_dim))[None] for part in (q, k))
         v = v.unflatten(-1, (rule.num_value_heads, rule.value_dim))[None]
-        q, k = rule.prepare(q, k, position[None])
+        q, k = rule.prepare(q, k, self._copied(position, buckets)[None])
         flat = memories.flatten(0, 1)
         gates = None if gates is None else gates[None]
         o, new = rule(q, k, v, gates, flat.index_select(0, where), cu_seqlens=ends)
@@ -328,19 +325,19 @@ class MixtureOfMemories(SequenceMixer):
 
     def _project(self, tokens: Tensor, buckets: Buckets) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return queries, [keys | values] and raw gates of every copy, those of the shared memory last."""
-
-        def copied(x: Tensor) -> Tensor:
-            return torch.cat((buckets.take(x), x)) if self.shared else buckets.take(x)
-
-        q = copied(self.query(tokens))
+        q = self._copied(self.query(tokens), buckets)
         if self.tie_key_values:
-            gates = None if self.gates is None else copied(self.gates[0](tokens))
-            return q, copied(self.key_value[0](tokens)), gates
+            gates = None if self.gates is None else self._copied(self.gates[0](tokens), buckets)
+            return q, self._copied(self.key_value[0](tokens), buckets), gates
         parts = [*buckets.take(tokens).split(buckets.sizes), *([tokens] if self.shared else [])]
         kv = torch.cat([project(part) for project, part in zip(self.key_value, parts, strict=True)])
         if self.gates is None:
             return q, kv, None
         return q, kv, torch.cat([gate(part) for gate, part in zip(self.gates, parts, strict=True)])
+
+    def _copied(self, x: Tensor, buckets: Buckets) -> Tensor:
+        """(tokens, ...) -> a row for every copy of a token, those of the shared memory last."""
+        return torch.cat((buckets.take(x), x)) if self.shared else buckets.take(x)
 
     def _convolve(self, x: Tensor, tails: Tensor, channels: slice, ends: Tensor) -> tuple[Tensor, Tensor]:
         conv = cast(ShortConv, self.conv)

@@ -34,6 +34,11 @@ class Tokens(NamedTuple):
     beta: Tensor | None
     log_decay: Tensor | None
 
+    def as_rows(self) -> "Tokens":
+        """Turn one row of many tokens into as many rows of one token."""
+        beta, log_decay = (None if gate is None else gate.transpose(0, 1) for gate in (self.beta, self.log_decay))
+        return Tokens(self.q.transpose(0, 1), self.k.transpose(0, 1), self.v.transpose(0, 1), beta, log_decay)
+
 
 def recur(
     q: Tensor,
@@ -96,7 +101,7 @@ def _run_segments(
     own = state if index is None else state.index_select(0, index)
     lengths = [lengths[i] for i in taken]
     if max(lengths) == 1:
-        y, own = _step(Tokens(*(None if t is None else t.transpose(0, 1) for t in tokens)), own, scale)  # type: ignore[arg-type]
+        y, own = _step(tokens.as_rows(), own, scale)
         y = y.transpose(0, 1)
     else:
         grid = SegmentGrid.of_segments(lengths, tokens.q.shape[2], _chunk(chunk_size, max(lengths)), state.device)

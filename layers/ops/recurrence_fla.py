@@ -14,6 +14,8 @@ from memzoo.layers.ops.backend import is_installed
 from memzoo.layers.ops.precision import no_autocast
 
 LARGEST_KEY = 256
+FORGETS_ALL = -100.0
+"""A log decay that leaves nothing in float32; the kernels take differences of sums, which are NaN for -inf."""
 
 
 def choose_fla(backend: str, q: Tensor) -> bool:
@@ -53,7 +55,7 @@ def recur_by_fla(
     """Run a recurrence; the arguments are those of ``delta_rule``, heads of q and k repeated, no segment empty."""
     options: dict[str, Any] = {"scale": scale, "initial_state": state.float(), "output_final_state": True}
     if log_decay is not None:
-        options["g"] = log_decay.float()
+        options["g"] = log_decay.float().clamp_min(FORGETS_ALL)
     if beta is not None:
         options["beta"] = beta.to(q.dtype)
     if cu_seqlens is not None:

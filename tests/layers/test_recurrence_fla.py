@@ -116,6 +116,17 @@ def test_fla_as_it_is_installed_takes_these_arguments(monkeypatch, stand_ins, mo
     assert required <= keywords <= names
 
 
+def test_a_decay_that_forgets_all_reaches_the_kernels_as_a_finite_one(stand_ins, monkeypatch):
+    q, k, v, beta, log_decay = inputs(True, "head")
+    log_decay[:, 4] = -torch.inf
+    given = []
+    monkeypatch.setattr(recurrence_fla, "_operation", lambda *_: lambda **options: given.append(options) or (v, None))
+    recurrence_fla.recur_by_fla(q, k, v, beta, log_decay, torch.zeros(2, 4, 4, 3), 0.5, None)
+    assert given[0]["g"].isfinite().all()
+    assert not given[0]["g"][:, 4].exp().gt(1e-37).any()
+    assert torch.equal(given[0]["g"][:, :4], log_decay[:, :4])
+
+
 def test_half_precision_goes_in_and_comes_out(stand_ins):
     tokens = inputs(True, "head", dtype=torch.bfloat16)
     y, state = delta_rule(*tokens, backend="fla", lengths=torch.tensor([11, 0]))
