@@ -143,21 +143,9 @@ class MatrixMemory(SequenceMixer):
         conv = None if self.conv is None else self.conv.initial_state(batch_size, device=device, dtype=dtype)
         return MatrixMemoryState(counter, counter.clone(), memory, conv)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: MixerState | None = None,
-        *,
-        mask: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        trace: Trace | None = None,
-        donate: bool = False,
-    ) -> tuple[Tensor, MatrixMemoryState]:
-        """Mix a piece of every row's sequence; see ``SequenceMixer``."""
-        y, end = super().forward(x, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
-        if trace is not None and trace.wants_signals:
-            trace.signal("memory_norm", end.memory.norm(dim=(-2, -1)))
-        return y, end
+    def report_state(self, state: MatrixMemoryState, trace: Trace) -> None:
+        """Report how much every memory holds."""
+        trace.signal("memory_norm", state.memory.norm(dim=(-2, -1)))
 
     def mix(
         self,

@@ -117,10 +117,20 @@ class SequenceMixer(nn.Module, ABC):
             )
         if doc_ids is not None:
             rows = split_documents(doc_ids.long(), mask, end_to_end=self.native_segments)
-            return self._mix_ragged(x, state, rows, trace, has_documents=True)
-        if mask is not None:
-            return self._mix_ragged(x, state, left_align(mask), trace, has_documents=False)
-        return self.mix(x, state, lengths=None, trace=trace, donate=donate)
+            y, end = self._mix_ragged(x, state, rows, trace, has_documents=True)
+        elif mask is not None:
+            y, end = self._mix_ragged(x, state, left_align(mask), trace, has_documents=False)
+        else:
+            y, end = self.mix(x, state, lengths=None, trace=trace, donate=donate)
+        if trace is not None and trace.wants_signals:
+            self.report_state(end, trace)
+        return y, end
+
+    def report_state(self, state: Any, trace: Trace) -> None:
+        """Report signals of the state after a call, a row for each of the batch. Called where signals are wanted.
+
+        What ``mix`` reports is of its own rows, which may be documents.
+        """
 
     def _mix_ragged(
         self, x: Tensor, state: MixerState | None, rows: Ragged, trace: Trace | None, *, has_documents: bool

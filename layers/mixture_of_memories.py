@@ -188,21 +188,9 @@ class MixtureOfMemories(SequenceMixer):
         conv = None if tails is None else torch.zeros(batch_size, *tails, device=device, dtype=dtype)
         return MixtureOfMemoriesState(count, count.clone(), memories, conv, seen)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: MixerState | None = None,
-        *,
-        mask: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        trace: Trace | None = None,
-        donate: bool = False,
-    ) -> tuple[Tensor, MixtureOfMemoriesState]:
-        """Mix a piece of every row's sequence; see ``SequenceMixer``."""
-        y, end = super().forward(x, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
-        if trace is not None and trace.wants_signals:
-            trace.signal("memory_norm", end.memories.flatten(2).norm(dim=-1))
-        return y, end
+    def report_state(self, state: MixtureOfMemoriesState, trace: Trace) -> None:
+        """Report how much every memory holds."""
+        trace.signal("memory_norm", state.memories.flatten(2).norm(dim=-1))
 
     def mix(
         self,

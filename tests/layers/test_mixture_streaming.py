@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memzoo.layers.mixture_of_memories import MixtureOfMemories
 from memzoo.layers.reference.mixture_of_memories import mixture_of_memories
+from memzoo.layers.trace import Trace
 from tests.layers.mixture_cases import (
     DIM,
     HEADS,
@@ -376,3 +377,14 @@ def test_24_gradients_flow_through_the_state_until_it_is_detached(place: str) ->
     assert_close(kept, whole)
     assert whole[:, :6].abs().max() > 1e-3
     assert not detached[:, :6].any()
+
+
+def test_the_norms_of_memories_are_those_of_the_returned_state():
+    """A mask as long as there are memories must not be taken for their axis, nor documents for rows."""
+    layer, x = MixtureOfMemories(16, num_heads=2), torch.randn(2, 5, 16)
+    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    documents = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 0, 0, 0]])
+    for grids in ({}, {"mask": mask}, {"doc_ids": documents}, {"mask": mask, "doc_ids": documents}):
+        trace = Trace()
+        _, state = layer(x, trace=trace, **grids)
+        assert torch.equal(trace.signals["memory_norm"], state.memories.flatten(2).norm(dim=-1))
