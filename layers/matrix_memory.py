@@ -124,6 +124,11 @@ class MatrixMemory(SequenceMixer):
         self.output_gate = self.build_output_gate(values) if output_gate else None
         self.out = nn.Linear(values, dim, bias=False)
 
+    @property
+    def gives_innovation(self) -> bool:
+        """Whether ``mix`` can ``return_innovation``: the rule corrects errors, and not in kernels that keep them."""
+        return self.rule.has_residual and self.rule.backend != "fla"
+
     def build_output_gate(self, width: int) -> nn.Module:
         """Build the projection whose activation gates the output, (..., dim) -> (..., width)."""
         return nn.Linear(self.dim, width, bias=False)
@@ -158,8 +163,23 @@ class MatrixMemory(SequenceMixer):
         donate: bool,
         cu_seqlens: Tensor | None = None,
         return_memory: bool = False,
+        return_innovation: bool = False,
     ) -> tuple[Any, MatrixMemoryState]:
-        """Write and read the memory; see ``SequenceMixer.mix``."""
+        """Write and read the memory; see ``SequenceMixer.mix``.
+
+        A layer that ``gives_innovation`` takes one keyword more, ``return_innovation``. It then returns (outputs,
+        innovation), or (outputs, memory, innovation), in place of the outputs. The innovation of a token is how much it
+        changes the memories, ``beta |v - k S|``, one norm over the errors of all value heads, each times its own beta:
+        (batch, time), zero at tokens past ``lengths``, detached, in at least float32.
+
+        Raises:
+            ValueError: An innovation is asked for that the layer does not give, or ``state`` is of another layer.
+        """
+        if return_innovation and not self.gives_innovation:
+            raise ValueError(
+                f"return_innovation=True, but {type(self).__name__} with backend={self.rule.backend!r} has no errors "
+                f"to return; use a delta rule such as GatedDeltaNet, with backend='auto' or 'torch'"
+            )
         own = cast(MatrixMemoryState | None, state)
         if own is not None:
             self._check_state(own)
@@ -177,7 +197,19 @@ class MatrixMemory(SequenceMixer):
         v = v.unflatten(-1, (rule.num_value_heads, rule.value_dim))
         q, k = rule.prepare(q, k, positions(x, before, cu_seqlens))
         gates = None if self.gates is None else self.gates(x)
-        o, memory = rule(q, k, v, gates, None if own is None else own.memory, lengths=lengths, cu_seqlens=cu_seqlens)
+        o, memory, *residual = rule(
+            q,
+            k,
+            v,
+            gates,
+            None if own is None else own.memory,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            return_residual=return_innovation,
+        )
+        more = [o.flatten(2)] if return_memory else []
+        if return_innovation:
+            more.append(self._innovation(gates, v, *residual))
         if trace is not None and trace.wants_signals:
             with torch.no_grad():
                 beta, log_decay = rule.gate_values(gates, v)
@@ -186,7 +218,7 @@ class MatrixMemory(SequenceMixer):
             if log_decay is not None:
                 trace.signal("decay", log_decay.exp())
         y = self.output(o, x)
-        return (y, o.flatten(2)) if return_memory else y, MatrixMemoryState(after, document, memory, tail)
+        return (y, *more) if more else y, MatrixMemoryState(after, document, memory, tail)
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         """Turn what the heads read for the tokens ``x``, (batch, time, HV, V), into (batch, time, dim)."""
@@ -195,6 +227,14 @@ class MatrixMemory(SequenceMixer):
             y = y * self.gate_activation(self.output_gate(x))
         projected: Tensor = self.out(y)
         return projected
+
+    def _innovation(self, gates: Tensor | None, v: Tensor, residual: Tensor) -> Tensor:
+        """Return how much every token changes the memories, (batch, time); see ``mix``."""
+        with torch.no_grad():
+            beta, _ = self.rule.gate_values(gates, v)
+            written = cast(Tensor, beta)[..., None] * residual
+            innovation: Tensor = torch.linalg.vector_norm(written, dim=(-2, -1))
+        return innovation
 
     def _check_state(self, state: MatrixMemoryState) -> None:
         memory, has_conv = tuple(state.memory.shape[1:]), state.conv is not None

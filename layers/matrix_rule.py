@@ -9,7 +9,7 @@ With row vectors, S the memory of a head, a <= 0 its log decay and beta its writ
     S <- exp(a) S,   u = beta (v - k S) or u = v,   S <- S + k^T u,   y = q S / sqrt(K)
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ class MatrixRule(nn.Module):
 
     uses_conv: ClassVar[bool] = False
     """Whether its paper's layer convolves queries, keys and values."""
+
+    has_residual: ClassVar[bool] = False
+    """Whether a token writes a share of an error, that of what its key recalled before: a delta rule."""
 
     conv_activation: ClassVar[str | None] = "silu"
     """Follows the convolution. A rule that ``uses_conv`` keeps it where the convolution is left out."""
@@ -118,7 +121,8 @@ class MatrixRule(nn.Module):
         *,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        return_residual: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Write every token into its memories and read them.
 
         Args:
@@ -129,35 +133,33 @@ class MatrixRule(nn.Module):
             state: The memories so far; zeros by default. Not changed.
             lengths: Tokens that exist in each row; all by default.
             cu_seqlens: Borders of segments that lie one after another in a single row, as in the ops.
+            return_residual: Return a third thing, the errors, of a rule that ``has_residual``.
 
         Returns:
-            What was read, in the dtype of ``v``, and the memories, in at least float32.
+            What was read, in the dtype of ``v``, and the memories, in at least float32; with ``return_residual`` also
+            ``v - k S`` of every token and memory before the write, (batch, time, HV, V), detached and like the memories
+            in dtype.
+
+        Raises:
+            ValueError: The rule has no errors to return, or the arguments do not fit the op.
         """
-        beta, log_decay = self.gate_values(gates, v)
-        if beta is None:
-            return linear_recurrence(
-                q,
-                k,
-                v,
-                log_decay,
-                state,
-                chunk_size=self.chunk_size,
-                lengths=lengths,
-                cu_seqlens=cu_seqlens,
-                backend=self.backend,
+        if return_residual and not self.has_residual:
+            raise ValueError(
+                f"return_residual=True, but {type(self).__name__} writes values and corrects no error; use 'deltanet', "
+                f"'gated_deltanet' or 'kda'"
             )
-        return delta_rule(
-            q,
-            k,
-            v,
-            beta,
-            log_decay,
-            state,
-            chunk_size=self.chunk_size,
-            lengths=lengths,
-            cu_seqlens=cu_seqlens,
-            backend=self.backend,
-        )
+        beta, log_decay = self.gate_values(gates, v)
+        options: dict[str, Any] = {
+            "chunk_size": self.chunk_size,
+            "lengths": lengths,
+            "cu_seqlens": cu_seqlens,
+            "backend": self.backend,
+        }
+        if beta is None:
+            return linear_recurrence(q, k, v, log_decay, state, **options)
+        if return_residual:
+            return delta_rule(q, k, v, beta, log_decay, state, **options, return_residual=True)
+        return delta_rule(q, k, v, beta, log_decay, state, **options)
 
     def extra_repr(self) -> str:
         """Heads and widths."""

@@ -69,13 +69,15 @@ class LinearAttentionRule(MatrixRule):
         *,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        return_residual: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Write and read; see ``MatrixRule``."""
+        options: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens, "return_residual": return_residual}
         if not self.normalize:
-            return super().forward(q, k, v, gates, state, lengths=lengths, cu_seqlens=cu_seqlens)
+            return super().forward(q, k, v, gates, state, **options)
         q, k, wide = wider(q), wider(k), wider(v)  # so that the quotient is rounded once
         weighed = F.pad(wide, (0, 1), value=1.0)
-        y, state = super().forward(q, k, weighed, gates, state, lengths=lengths, cu_seqlens=cu_seqlens)
+        y, state = super().forward(q, k, weighed, gates, state, **options)
         return (y[..., :-1] / (y[..., -1:] + NORMALIZER_EPS)).to(v.dtype), state
 
     def extra_repr(self) -> str:
@@ -156,6 +158,7 @@ class DeltaNetRule(MatrixRule):
     """
 
     uses_conv = True
+    has_residual = True
 
     def __init__(self, *, negative_eigenvalues: bool = False, **options: Any) -> None:
         super().__init__(**options)

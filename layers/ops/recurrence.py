@@ -52,8 +52,12 @@ def recur(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     backend: str,
+    errors: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a recurrence on checked arguments; those of ``delta_rule``, ``beta`` None for ``linear_recurrence``."""
+    """Run a recurrence on checked arguments; those of ``delta_rule``, ``beta`` None for ``linear_recurrence``.
+
+    ``errors`` collects those of a delta rule, (batch, time, value heads, V) without a gradient; not for backend "fla".
+    """
     batch, time, heads = v.shape[:3]
     dtype = working_dtype(*(t for t in (q, k, v, beta, log_decay, state) if t is not None))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -82,46 +86,56 @@ def recur(
             if cu_seqlens is not None:
                 ends = check_borders(cu_seqlens, time)
                 y, state = run_segments(
-                    lambda grid, own: _run_grid(grid, tokens, own, scale),
-                    lambda own: _step(tokens.as_rows(), own, scale),
+                    lambda grid, own: _run_grid(grid, tokens, own, scale, errors),
+                    lambda own: _step(tokens.as_rows(), own, scale, errors),
                     state,
                     [b - a for a, b in pairwise(ends)],
                     heads=heads,
                     chunk_size=chunk_size,
                 )
             elif time == 1 and not torch.is_grad_enabled():
-                y, state = _step(tokens, state, scale)
+                y, state = _step(tokens, state, scale, errors)
             else:
                 grid = SegmentGrid.of_rows(batch, time, chunk_length(chunk_size, time), q.device)
-                y, state = _run_grid(grid, tokens, state, scale)
+                y, state = _run_grid(grid, tokens, state, scale, errors)
     if lengths is not None:
         y = blank_behind(lengths, y)[0]
+    if errors is not None:
+        errors[:] = blank_behind(lengths, *(error.reshape(v.shape) for error in errors))
     return y.to(v.dtype), state
 
 
-def _run_grid(grid: SegmentGrid, tokens: Tokens, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _run_grid(
+    grid: SegmentGrid, tokens: Tokens, state: Tensor, scale: float, errors: list[Tensor] | None
+) -> tuple[Tensor, Tensor]:
     q, k, v, beta, log_decay = tokens
     gates = (None if gate is None else grid.blank(grid.cut(gate)) for gate in (beta, log_decay))
-    y, state = RecurrenceScan.apply(
+    y, state, *error = RecurrenceScan.apply(
         grid.active,
         scale,
         takes_gradients(*tokens, state),
+        errors is not None,
         grid.cut(q),
         grid.blank(grid.cut(k)),
         grid.cut(v),
         *gates,
         state,
     )
+    if errors is not None:
+        errors.append(grid.join(*error, *q.shape[:2]))
     return grid.join(y, *q.shape[:2]), state
 
 
-def _step(tokens: Tokens, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _step(tokens: Tokens, state: Tensor, scale: float, errors: list[Tensor] | None) -> tuple[Tensor, Tensor]:
     """The recurrence itself, for one token a row and no gradients: a caller's autocast would round them."""
     q, k, v = (t.transpose(1, 2) for t in tokens[:3])  # (rows, heads, 1, ...)
     if tokens.log_decay is not None:
         state = state * tokens.log_decay[:, 0, :, :, None].exp()
     if tokens.beta is not None:
-        v = tokens.beta.transpose(1, 2) * (v - k @ state)
+        error = v - k @ state
+        v = tokens.beta.transpose(1, 2) * error
+        if errors is not None:
+            errors.append(error.transpose(1, 2))
     state = state + k.mT * v
     return (scale * q @ state).transpose(1, 2), state
 

@@ -37,7 +37,9 @@ STRETCH = 2**17
 
 
 class RecurrenceScan(torch.autograd.Function):
-    """``y, state = RecurrenceScan.apply(active, scale, trains, q, k, v, beta, log_decay, state)``, for all chunks.
+    """``y, state = RecurrenceScan.apply(active, scale, trains, wants_errors, q, k, v, beta, log_decay, state)``.
+
+    For all chunks. A delta rule that ``wants_errors`` returns them too, a third tensor that takes no gradient.
 
     Kept for the backward pass, if one ``trains``, are the inputs, the memory at the start of every chunk, the errors
     and the inverses of the triangular systems; all products of queries and keys are formed again. The backward pass is
@@ -45,8 +47,8 @@ class RecurrenceScan(torch.autograd.Function):
     system is that of its right-hand side times the errors, so the system is never differentiated as a solve.
 
     Shape:
-        q, k: (chunks, heads, size, K). v, y: (chunks, heads, size, V). beta: (chunks, heads, size, 1), or None for
-        linear attention. log_decay: (chunks, heads, size, 1 or K), or None. state: (sequences, heads, K, V), in the
+        q, k: (chunks, heads, size, K). v, y, errors: (chunks, heads, size, V). beta: (chunks, heads, size, 1), or None
+        for linear attention. log_decay: (chunks, heads, size, 1 or K), or None. state: (sequences, heads, K, V), in the
         order of a ``SegmentGrid``, whose ``active`` it is. Slots without a token have k = 0, beta = 0, log_decay = 0.
     """
 
@@ -56,20 +58,21 @@ class RecurrenceScan(torch.autograd.Function):
         active: tuple[int, ...],
         scale: float,
         trains: bool,
+        wants_errors: bool,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         beta: Tensor | None,
         log_decay: Tensor | None,
         state: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         memory = state.clone(memory_format=torch.contiguous_format)
         stretches = _stretches(active, k)
         room = len(q) if trains else max(stretch.chunks.stop - stretch.chunks.start for stretch in stretches)
         starts = state.new_empty(room, *state.shape[1:])
         y = torch.empty_like(v)
         inverse = None if beta is None else k.new_empty(room, *k.shape[1:-1], k.shape[-2])
-        kept = v if beta is None else v.new_empty(room, *v.shape[1:])
+        kept = v if beta is None else v.new_empty(len(v) if wants_errors else room, *v.shape[1:])
         for stretch in stretches:
             here = stretch.chunks
             there = here if trains else slice(0, here.stop - here.start)
@@ -79,23 +82,26 @@ class RecurrenceScan(torch.autograd.Function):
                 _accumulate(stretch, decay, k[here], written, memory, starts[there])
             else:
                 inverse[there] = inverse_of_unit_lower(decay.scores(k[here], k[here]).mul_(beta[here].mT))
-                own = inverse[there], memory, starts[there], kept[there]
-                _correct(stretch, decay, k[here], v[here], beta[here], *own)
-                written = beta[here] * kept[there]
+                error = kept[here if wants_errors else there]
+                _correct(stretch, decay, k[here], v[here], beta[here], inverse[there], memory, starts[there], error)
+                written = beta[here] * error
             inside = decay.scores(q[here], k[here]) @ written
             inside += decay.from_start(q[here]) @ starts[there]
             torch.mul(inside, scale, out=y[here])
         ctx.active, ctx.scale = active, scale
         ctx.save_for_backward(q, k, kept, beta, log_decay, starts, inverse)
-        return y, memory
+        if not wants_errors:
+            return y, memory
+        ctx.mark_non_differentiable(kept)
+        return y, memory, kept
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_y: Tensor, d_final: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
         q, k, kept, beta, log_decay, starts, inverse = ctx.saved_tensors
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(kept)
         d_beta = None if beta is None else torch.empty_like(beta)
-        d_decay = torch.empty_like(log_decay) if ctx.needs_input_grad[7] else None
+        d_decay = torch.empty_like(log_decay) if ctx.needs_input_grad[8] else None
         d_memory = d_final.clone(memory_format=torch.contiguous_format)
         with no_autocast(d_y.device):  # the caller's may be on
             for stretch in reversed(_stretches(ctx.active, k)):
@@ -117,7 +123,7 @@ class RecurrenceScan(torch.autograd.Function):
                     None if d_beta is None else d_beta[here],
                     None if d_decay is None else d_decay[here],
                 )
-        return None, None, None, d_q, d_k, d_v, d_beta, d_decay, d_memory
+        return None, None, None, None, d_q, d_k, d_v, d_beta, d_decay, d_memory
 
 
 @dataclass(frozen=True)
