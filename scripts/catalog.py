@@ -17,6 +17,8 @@ from types import FunctionType
 
 import torch
 import yaml
+from benchmark_cases.memory_store import STORED
+from benchmark_cases.memory_store import table as store_table
 from torch import nn
 
 from memzoo import layers as public
@@ -185,8 +187,15 @@ def reproduced(page: Path, name: str) -> list[str]:
     return lines[:-1]
 
 
+def memory_store(page: Path) -> list[str]:
+    """What `scripts/benchmark_cases/memory_store.py` measured."""
+    if not STORED.exists():
+        return ["Not measured yet."]
+    return store_table(json.loads(STORED.read_text(encoding="utf-8")))
+
+
 PARTS: Mapping[str, Callable[..., list[str]]] = {
-    part.__name__: part for part in (layers, models, card, choices, claims, recipes, results, reproduced)
+    part.__name__: part for part in (layers, models, card, choices, claims, recipes, results, reproduced, memory_store)
 }
 VERDICTS = {True: "Held", False: "**Did not hold**", None: "Not judged"}
 

@@ -1,7 +1,8 @@
 """The docs: their code runs, their links lead somewhere, their generated parts are what would be generated today."""
 
-import importlib.util
 import re
+import sys
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
@@ -22,13 +23,10 @@ WITH_COMMANDS = [page for page in PAGES if blocks(page, "bash")]
 
 
 @pytest.fixture(scope="module")
-def catalog() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("catalog", ROOT / "scripts" / "catalog.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def catalog() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield import_module("catalog")
+    sys.path.remove(str(ROOT / "scripts"))
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)

@@ -21,12 +21,17 @@ FUNCTIONAL = {"memzoo.layers.ops", "memzoo.layers.errors", "memzoo.layers.state"
 ALLOWED = {
     "layers/reference": {"memzoo.layers", "torch"},  # a loop may read the parameters of the layer it spells out
     "layers/ops": FUNCTIONAL,
+    "layers/stores": {"memzoo.layers", "torch"},
     "layers": {"memzoo.layers", "torch", "einops"},
     "arch": {"memzoo.arch", "memzoo.layers", "torch", "einops", "safetensors", "timm"},
     "recipes": set(),
 }
 # Optional libraries, imported inside the function that was asked for them.
-LAZY = {"layers/ops": {"flash_attn", "fla", "mamba_ssm", "causal_conv1d"}, "layers": {"safetensors"}}
+LAZY = {
+    "layers/ops": {"flash_attn", "fla", "mamba_ssm", "causal_conv1d"},
+    "layers/stores": {"filelock"},
+    "layers": {"safetensors"},
+}
 
 
 @cache
