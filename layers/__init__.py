@@ -2,7 +2,7 @@
 
 from memzoo.layers.attention import Attention, SlidingWindowAttention
 from memzoo.layers.bmojo import BMojo
-from memzoo.layers.bmojo_parts import BMojoState
+from memzoo.layers.bmojo_state import BMojoState
 from memzoo.layers.cross_attention import CrossAttention, SharedKeys
 from memzoo.layers.deltanet import DeltaNet
 from memzoo.layers.differential_attention import DifferentialAttention

@@ -12,18 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from memzoo.layers.bmojo_eidetic import POSITIONS, EideticMemory
-from memzoo.layers.bmojo_parts import BMojoState, Call, Pair, build_ssm, check_count
+from memzoo.layers.bmojo_fading import FadingTokens
+from memzoo.layers.bmojo_parts import Call, Pair, build_ssm, check_count, check_segments
+from memzoo.layers.bmojo_retrieval import numbers
 from memzoo.layers.bmojo_selection import Predictor
+from memzoo.layers.bmojo_state import BMojoState, check_state, empty_state
 from memzoo.layers.errors import check_choice, check_divisible, check_positive
 from memzoo.layers.heads import resolve_heads
 from memzoo.layers.mixer import SequenceMixer
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.attention import SMALLEST_BLOCK
-from memzoo.layers.ops.attention_cache import take
 from memzoo.layers.ops.bmojo_attention import Band, Segment, joint_attention
 from memzoo.layers.registry import register_layer
 from memzoo.layers.rotary import Rotary
 from memzoo.layers.state import MixerState
+from memzoo.layers.stores import MemoryStore
 from memzoo.layers.trace import Trace
 
 TARGETS = ("fading", "input")
@@ -51,7 +54,7 @@ class BMojo(SequenceMixer):
         window: Keys of the window, and tokens of a chunk.
         num_eidetic: Tokens in store; 0 for B'MOJO-F.
         ssm: ``"mamba2"``, ``"mamba"``, ``"gated_deltanet"``, or a mixer of width ``dim``. Without fading keys the layer
-            has none.
+            has none, unless ``ssm_output``.
         ssm_options: Keyword options of the named SSM.
         fading_lag: Tokens by which the latest fading key lies behind the query; ``window`` by default.
         fading_span: Reach of the fading keys behind that; ``window`` by default, 0 for none.
@@ -65,8 +68,9 @@ class BMojo(SequenceMixer):
             channel, or a function of (batch, time, taps, dim), the latest first, that returns (batch, time, dim).
         predictor_taps: Targets that the predictor sees.
         predictor_rate: What a target weighs in the average, relative to the one after it.
-        score: Distance of target and prediction over the sum of their norms (``"norm"``), the distance (``"l2"``), or
-            one minus their ``"cosine"``.
+        score: Distance of target and prediction over the sum of their norms (``"norm"``), the distance (``"l2"``),
+            one minus their ``"cosine"``; or ``"residual"``, what the SSM's own delta rule corrects, beta |v - k S|
+            over all heads: nothing is predicted then, and neither ``target`` nor the predictor's options are read.
         warmup_score: Score of the first ``predictor_taps`` tokens, whose predictor sees zeros; None for no rule.
         selection: The ``"top_k"`` scores, of equal ones the earlier; of these, those above a ``"threshold"``; the
             latest tokens (``"fifo"``); or a ``"random"`` choice by position.
@@ -76,6 +80,12 @@ class BMojo(SequenceMixer):
         in_context: Whether there is a window.
         segment_bias: Learn a bias a head for the logits of each segment, at first zero.
         eidetic_dropout: Probability that a row's stored tokens are out of sight, drawn for each call of training.
+        eidetic_norm: Normalise the queries of stored tokens by a gain of their own: a sharper or flatter read.
+        ssm_output: Add what the SSM gives to what the layer does, with or without fading keys.
+        store: Where tokens go when their chunk ends, all of them or those above the threshold; a chunk then sees the
+            ``num_eidetic`` that the queries of the chunk before it score highest, on average. Scores then decide what a
+            threshold admits and what a ``TopKStore`` keeps. What a store gives carries no gradient. It grows with every
+            fresh row until ``forget``. None for the state, in which those of the largest scores are kept.
 
     Shape:
         x: (batch, time, dim). Returns (batch, time, dim) and a ``BMojoState``.
@@ -87,8 +97,9 @@ class BMojo(SequenceMixer):
         arXiv 2407.06324. B'MOJO-F: awslabs/hybrid-model-factory, ``bmojo_f``. Loop: ``memzoo.layers.reference.bmojo``.
 
     Note:
-        With ``num_eidetic=0`` every equation is that of the official code (there ``bias`` is on for queries, keys and
-        values). The eidetic part is a design that satisfies every published statement. Its defaults are a choice.
+        With ``num_eidetic=0`` and the other defaults every equation is that of the official code (there ``bias`` is on
+        for queries, keys and values). The eidetic part is a design that satisfies every published statement. Its
+        defaults are a choice.
 
         ``predictor="conv"`` learns by a loss of its own, ``trace.losses["predictor"]``. Signals: ``score`` (batch,
         time) and ``eidetic_turnover`` (rows,), the share of stored tokens that came with the call; ``eidetic_age``
@@ -135,6 +146,9 @@ class BMojo(SequenceMixer):
         in_context: bool = True,
         segment_bias: bool = False,
         eidetic_dropout: float = 0.0,
+        eidetic_norm: bool = False,
+        ssm_output: bool = False,
+        store: MemoryStore | None = None,
     ) -> None:
         super().__init__(dim)
         num_heads, head_dim = resolve_heads(dim, num_heads, head_dim)
@@ -142,27 +156,24 @@ class BMojo(SequenceMixer):
         check_divisible("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         check_positive("window", window, "it counts the token itself, and is the size of a chunk")
         check_count("num_eidetic", num_eidetic, "use 0 for none")
-        self.fading_lag = window if fading_lag is None else fading_lag
-        self.fading_span = window if fading_span is None else fading_span
-        check_count("fading_lag", self.fading_lag, "use 0 for the query's own fading token")
-        check_count("fading_span", self.fading_span, "use 0 for none")
-        check_positive("fading_stride", fading_stride)
+        self.fading = FadingTokens(
+            window if fading_lag is None else fading_lag,
+            window if fading_span is None else fading_span,
+            fading_stride,
+        )
+        fades = self.fading.span > 0
         check_choice("target", target, TARGETS)
-        if num_eidetic and not self.fading_span and target == "fading":
-            raise ValueError(
-                "fading_span=0 leaves an SSM that nothing trains, and target='fading' asks it for scores; use "
-                "target='input', or fading_span >= 1"
-            )
-        if segment_bias and (num_eidetic > 0) + (self.fading_span > 0) + in_context < 2:
-            raise ValueError("segment_bias=True tells one kind of keys from none; use segment_bias=False")
-        if not (in_context or self.fading_span or num_eidetic):
-            raise ValueError("in_context=False leaves nothing to see; use fading_span >= 1 or num_eidetic >= 1")
-        if not tie_projections and not (self.fading_span and (in_context or num_eidetic)):
-            raise ValueError(
-                "tie_projections=False, but one kind of keys is left out; use tie_projections=True: nothing is shared"
-            )
+        check_segments(
+            eidetic=num_eidetic > 0,
+            fading=fades,
+            window=in_context,
+            scored=fades or ssm_output or target == "input" or score == "residual",
+            segment_bias=segment_bias,
+            tie_projections=tie_projections,
+            eidetic_norm=eidetic_norm,
+        )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.window, self.num_eidetic, self.fading_stride = window, num_eidetic, fading_stride
+        self.window, self.num_eidetic = window, num_eidetic
         self.tie_projections, self.in_context = tie_projections, in_context
         self.target = target
         check_positive("predictor_taps", predictor_taps)
@@ -179,8 +190,15 @@ class BMojo(SequenceMixer):
             positions="true" if rotary_base is None and eidetic_positions in POSITIONS else eidetic_positions,
             dropout=eidetic_dropout,
         )
-        built = build_ssm(dim, ssm, ssm_options)
-        self.ssm = built if self.fading_span else None
+        self.store = store
+        self.ssm = build_ssm(dim, ssm, ssm_options) if fades or ssm_output else None
+        self.adds_ssm = ssm_output
+        self.by_residual = num_eidetic > 0 and score == "residual"
+        if self.by_residual and (self.ssm is None or not self.ssm.gives_innovation):
+            raise ValueError(
+                f"score='residual' is what a delta rule corrects, but the SSM is a {type(self.ssm).__name__}; use "
+                f"ssm='gated_deltanet' with fading_span >= 1 or ssm_output=True, or another score"
+            )
 
         def project(heads: int) -> nn.Linear:
             return nn.Linear(dim, heads * head_dim, bias=bias)
@@ -190,6 +208,7 @@ class BMojo(SequenceMixer):
 
         self.query, self.key, self.value = project(num_heads), project(num_kv_heads), project(num_kv_heads)
         self.query_norm, self.key_norm = norm(), norm()
+        self.eidetic_norm = RMSNorm(head_dim) if eidetic_norm else None
         self.fading_query = self.fading_key = self.fading_value = None
         self.fading_query_norm = self.fading_key_norm = None
         if not tie_projections:
@@ -204,6 +223,34 @@ class BMojo(SequenceMixer):
         self.no_weight_decay = ("segment_bias",) if segment_bias else ()
         self.reset_parameters()
 
+    @property
+    def store(self) -> MemoryStore | None:
+        """Where tokens are stored; None for in the state. A state goes on with the store that it began with alone."""
+        return self._store
+
+    @store.setter
+    def store(self, store: MemoryStore | None) -> None:
+        if store is not None and not self.num_eidetic:
+            raise ValueError("store is given, but num_eidetic=0 fetches nothing from it; use num_eidetic >= 1")
+        if store is not None and self.eidetic.selection not in ("top_k", "threshold"):
+            raise ValueError(
+                f"selection={self.eidetic.selection!r} is not what a store goes by; use 'threshold' to store some "
+                f"tokens only, or 'top_k' to store all"
+            )
+        self._store = store
+
+    def forget(self, state: BMojoState) -> None:
+        """Drop what a state's rows have in the store, when no other state goes on with it.
+
+        Documents that ended within a call have no row any more: what they left goes when the store does.
+
+        Raises:
+            ValueError: The layer has no store, or the state is another store's.
+        """
+        if self.store is None or state.eidetic_sequence is None:
+            raise ValueError("there is no store to forget in; set the layer's store, and pass a state that it made")
+        self.store.drop({number for number in numbers(self.store, state.eidetic_sequence) if number})
+
     def reset_parameters(self) -> None:
         """Start the biases at zero and the learned predictor at the plain average; the projections draw themselves."""
         if self.segment_bias is not None:
@@ -211,16 +258,19 @@ class BMojo(SequenceMixer):
         if self.predictor_weight is not None:
             nn.init.constant_(self.predictor_weight, 1 / self.eidetic.taps)
 
-    @property
-    def fading_slots(self) -> int:
-        """Slots of the rings of fading keys and values."""
-        return -(-(self.fading_lag + self.fading_span) // self.fading_stride)
+    def residual_outputs(self) -> list[nn.Linear]:
+        """Return the projections that write to the residual stream: this layer's, and the SSM's where it is added."""
+        if self.ssm is None or not self.adds_ssm:
+            return [self.out]
+        declared = getattr(self.ssm, "residual_outputs", None)
+        own = [getattr(self.ssm, "out", None)] if declared is None else declared()
+        return [self.out, *(output for output in own if isinstance(output, nn.Linear))]
 
     def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
         """Return the shape of a row of every tensor of the state but those of the SSM; None for what is left out."""
         k, heads = self.num_eidetic, (self.num_kv_heads, self.head_dim)
         window = (self.window, *heads) if self.in_context or k else None
-        fading = (self.fading_slots, *heads) if self.fading_span else None
+        fading = (self.fading.slots, *heads) if self.fading.span else None
         store, number = ((k, *heads), (k,)) if k else (None, None)
         return {
             "window_keys": window,
@@ -233,7 +283,9 @@ class BMojo(SequenceMixer):
             "eidetic_positions": number,
             "eidetic_count": () if k else None,
             "pending_scores": (self.window,) if k else None,
-            "targets": (self.eidetic.taps, self.dim) if k else None,
+            "targets": (self.eidetic.taps, self.dim) if k and not self.by_residual else None,
+            "eidetic_sequence": () if k and self.store is not None else None,
+            "eidetic_queries": heads if k and self.store is not None else None,
         }
 
     def initial_state(
@@ -241,26 +293,13 @@ class BMojo(SequenceMixer):
     ) -> BMojoState:
         """Return the state of ``batch_size`` fresh rows: empty rings, an empty store, and that of the SSM."""
         like = self.out.weight
-        device, dtype = device or like.device, dtype or like.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        others = dict.fromkeys(("eidetic_scores", "pending_scores", "targets"), wide)
-        others |= dict.fromkeys(("eidetic_positions", "eidetic_count"), torch.long)
-        tensors = {
-            name: None
-            if shape is None
-            else torch.zeros(batch_size, *shape, dtype=others.get(name, dtype), device=device)
-            for name, shape in self.state_shapes().items()
-        }
-        count = torch.zeros(batch_size, dtype=torch.long, device=device)
-        ssm = None if self.ssm is None else self.ssm.initial_state(batch_size, device=device, dtype=dtype)
-        return BMojoState(count, count.clone(), ssm, **tensors)
+        return empty_state(self.state_shapes(), self.ssm, batch_size, device or like.device, dtype or like.dtype)
 
     def report_state(self, state: BMojoState, trace: Trace) -> None:
         """Report how long ago the stored tokens were read, on average."""
-        if state.eidetic_positions is not None and state.eidetic_count is not None:
-            held = torch.arange(self.num_eidetic, device=state.position.device) < state.eidetic_count[:, None]
-            age = (state.position[:, None] - state.eidetic_positions).masked_fill(~held, 0).sum(1)
-            trace.signal("eidetic_age", age / state.eidetic_count.clamp_min(1))
+        age = state.age()
+        if age is not None:
+            trace.signal("eidetic_age", age)
 
     def mix(
         self, x: Tensor, state: MixerState | None, *, lengths: Tensor | None, trace: Trace | None, donate: bool
@@ -268,14 +307,11 @@ class BMojo(SequenceMixer):
         """Remember, select and attend; see ``SequenceMixer.mix``."""
         own = cast(BMojoState | None, state)
         if own is not None:
-            self._check_state(own)
+            check_state(own, self.state_shapes(), self.ssm)
         call = Call.of(x, own, lengths, block=self._block(x.shape[1]), donate=donate)
-        x, fading, ssm = call.blank(x), None, None
-        if self.ssm is not None:
-            before, scope = None if own is None else own.ssm, None if trace is None else trace.scope("ssm")
-            fading, ssm = self.ssm.mix(x, before, lengths=lengths, trace=scope, donate=donate)
-            fading = call.blank(fading)
-
+        x = call.blank(x)
+        fading, innovation, ssm = self._run_ssm(x, own, call, trace)
+        queries = self._queries(x, call)
         segments: list[Segment | Band] = []
         fields: dict[str, Tensor | None] = dict.fromkeys(self.state_shapes())
         if self.in_context or self.num_eidetic:
@@ -286,27 +322,75 @@ class BMojo(SequenceMixer):
             streams = turned if call.is_step else call.line_up(rings, pair, past)
             fields |= {"window_keys": turned[0], "window_values": turned[1]}
             if self.num_eidetic:
-                target = x if self.target == "input" else cast(Tensor, fading)  # which fading_span=0 rules out
-                kept, stored, more = self.eidetic.choose(target, streams, past, own, call, self.predictor_weight, trace)
-                bias = self._bias("eidetic")
-                segments += self.eidetic.segments(
-                    kept, stored, call, turn=self._turned, bias=bias, training=self.training
-                )
+                scores = innovation
+                if scores is None:
+                    target = x if fading is None or self.target == "input" else fading
+                    scores, fields["targets"] = self.eidetic.scores(target, own, call, self.predictor_weight, trace)
+                stored, more = self._eidetic_segments(scores, streams, past, queries, own, call, trace)
+                segments += stored
                 fields |= more
             if self.in_context:
                 segments.append(self._window_segment(streams, past, call))
-        if self.fading_span:
-            segment, turned = self._fading_segment(cast(Tensor, fading), own, call)
+        if fading is not None and self.fading.span:
+            segment, turned = self.fading.segment(
+                fading,
+                (None, None) if own is None else (own.fading_keys, own.fading_values),
+                call,
+                project=lambda tokens, positions: self._keys_and_values(tokens, positions, fading=True),
+                query="own" if self.tie_projections else "fading",
+                bias=self._bias("fading"),
+            )
             segments.append(segment)
             fields |= {"fading_keys": turned[0], "fading_values": turned[1]}
         y = joint_attention(
-            self._queries(x, call),
+            queries,
             segments,
             block=call.block,
             scale=self.head_dim**-0.5,
             sees_one=self.in_context and not (call.is_step and lengths is not None),
         )
-        return self.out(y.flatten(2)), BMojoState(call.after, call.document, ssm, **fields)
+        y = self.out(y.flatten(2))
+        if fading is not None and self.adds_ssm:
+            y = y + fading
+        return y, BMojoState(call.after, call.document, ssm, **fields)
+
+    def _eidetic_segments(
+        self,
+        scores: Tensor,
+        streams: Pair,
+        past: int,
+        queries: dict[str, Tensor],
+        state: BMojoState | None,
+        call: Call,
+        trace: Trace | None,
+    ) -> tuple[list[Segment], dict[str, Tensor]]:
+        """Return what is seen of the stored tokens, and their fields of the new state."""
+        if trace is not None:
+            trace.signal("score", scores)
+        name, retrieval = "own" if self.eidetic_norm is None else "eidetic", None
+        if self.store is not None:
+            asking = queries[name if self.eidetic.positions == "true" else "unrotated"]
+            retrieval = self.eidetic.retrieval(self.store, asking, self._turned)
+        kept, stored, fields = self.eidetic.choose(scores, streams, past, state, call, retrieval=retrieval, trace=trace)
+        bias = self._bias("eidetic")
+        segments = self.eidetic.segments(
+            kept, stored, call, turn=self._turned, query=name, bias=bias, training=self.training
+        )
+        return segments, fields
+
+    def _run_ssm(
+        self, x: Tensor, state: BMojoState | None, call: Call, trace: Trace | None
+    ) -> tuple[Tensor | None, Tensor | None, MixerState | None]:
+        """Return the fading tokens, the innovation of every token where it is the score, and the state of the SSM."""
+        if self.ssm is None:
+            return None, None, None
+        before, scope = None if state is None else state.ssm, None if trace is None else trace.scope("ssm")
+        wanted = {"return_innovation": True} if self.by_residual else {}
+        fading, ssm = self.ssm.mix(x, before, lengths=call.lengths, trace=scope, donate=call.donate, **wanted)
+        innovation = None
+        if wanted:
+            fading, innovation = fading
+        return call.blank(fading), innovation, ssm
 
     def _block(self, time: int) -> int:
         """Queries that are read together: a chunk, so that they see one store; any number of them without a store."""
@@ -324,9 +408,18 @@ class BMojo(SequenceMixer):
         return turned
 
     def _queries(self, x: Tensor, call: Call) -> dict[str, Tensor]:
-        """Queries by name: "own" for all keys, "fading" for those of fading tokens if untied, "plain" not rotated."""
-        plain = self.query_norm(self._split(self.query(x)))
-        queries = {"plain": plain, "own": self._turned(plain, call.positions)}
+        """Queries by name: "own" for all keys but those of another name.
+
+        "fading" are for fading tokens if untied, "eidetic" for stored ones with a norm of their own, "unrotated" for
+        stored ones that do not stand at their true positions.
+        """
+        projected = self._split(self.query(x))
+        plain = self.query_norm(projected)
+        own = self._turned(plain, call.positions)
+        queries = {"own": own, "unrotated": plain}
+        if self.eidetic_norm is not None:
+            plain = self.eidetic_norm(projected)
+            queries |= {"unrotated": plain, "eidetic": self._turned(plain, call.positions)}
         if self.fading_query is not None and self.fading_query_norm is not None:
             own = self.fading_query_norm(self._split(self.fading_query(x)))
             queries["fading"] = self._turned(own, call.positions)
@@ -348,61 +441,6 @@ class BMojo(SequenceMixer):
             visible = (call.in_ring(self.window, call.after) >= 0)[:, None, None]
             return Segment(keys, values, visible, "own", self._bias("window"))
         return Band(*streams, past + 1, past, None if call.is_fresh else call.before, "own", self._bias("window"))
-
-    def _fading_segment(self, fading: Tensor, own: BMojoState | None, call: Call) -> tuple[Segment | Band, Pair]:
-        """Keys of fading tokens, and their rings after the call."""
-        name = "own" if self.tie_projections else "fading"
-        stride, lag = self.fading_stride, self.fading_lag
-        span = max(call.reach(lag + self.fading_span) - lag, 1)
-        past = lag + span - 1
-        first, positions, counts = call.start, call.positions, call.lengths
-        if stride > 1:  # number the tokens that are kept: the m-th is (m + 1) stride - 1
-            first = call.start // stride
-            positions = (first[:, None] + 1 + torch.arange(-(-call.time // stride), device=fading.device)) * stride - 1
-            counts = call.after // stride - first
-            fading = take(fading, (positions - call.start[:, None]).clamp_max(call.time - 1))
-        pair = self._keys_and_values(fading, positions, fading=True)
-        rings = (None, None) if own is None else (own.fading_keys, own.fading_values)
-        turned = call.turn(rings, pair, self.fading_slots, first, counts)
-        if call.is_step:
-            entry = call.in_ring(self.fading_slots, call.after // stride)[:, None]
-            keys, values = (ring[:, None] for ring in turned)
-            visible = self._sees_fading(call, (entry + 1) * stride - 1)
-        elif stride == 1:
-            before = None if call.is_fresh else call.before
-            return Band(*call.line_up(rings, pair, past), span, past, before, name, self._bias("fading")), turned
-        else:
-            kept = -(-past // stride)
-            streams = call.line_up(rings, pair, kept, first)
-            lowest = (call.queries[..., 0] - past) // stride  # number of the first that each block may see
-            count = torch.arange((call.block + span - 2) // stride + 1, device=fading.device)
-            entry = lowest[..., None] + count
-            index = (entry - first[:, None, None] + kept).clamp_max(streams[0].shape[1] - 1)
-            keys, values = (take(stream, index.flatten(1)).unflatten(1, index.shape[1:]) for stream in streams)
-            visible = self._sees_fading(call, (entry + 1) * stride - 1)
-        return Segment(keys, values, visible, name, self._bias("fading")), turned
-
-    def _check_state(self, state: BMojoState) -> None:
-        """Require a state of the shapes of this layer, and of its SSM."""
-        expected = type(None) if self.ssm is None else self.ssm.state_class
-        if not isinstance(state.ssm, expected):
-            raise ValueError(
-                f"state.ssm is a {type(state.ssm).__name__}, this layer's is {expected.__name__}: pass what its "
-                f"previous call returned, or None to start afresh"
-            )
-        for name, shape in self.state_shapes().items():
-            given = getattr(state, name)
-            found = None if given is None else tuple(given.shape[1:])
-            if found != shape:
-                raise ValueError(
-                    f"state.{name} holds rows of shape {found}, this layer's are {shape}: pass what its previous call "
-                    f"returned, or None to start afresh"
-                )
-
-    def _sees_fading(self, call: Call, positions: Tensor) -> Tensor:
-        """Which queries see the fading tokens at positions (batch, blocks, count): (batch, blocks, block, count)."""
-        behind = call.queries[..., None] - self.fading_lag - positions[:, :, None]
-        return (behind >= 0) & (behind < self.fading_span) & (positions >= 0)[:, :, None]
 
 
 @register_layer("bmojo", "mixer")

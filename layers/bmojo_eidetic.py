@@ -11,11 +11,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memzoo.layers.bmojo_parts import BMojoState, Call, Pair
+from memzoo.layers.bmojo_parts import Call, Pair, Turn
+from memzoo.layers.bmojo_retrieval import Fields, Retrieval
 from memzoo.layers.bmojo_selection import (
     PREDICTORS,
     SCORES,
     SELECTIONS,
+    Chunks,
     Kept,
     Law,
     Predictor,
@@ -26,14 +28,14 @@ from memzoo.layers.bmojo_selection import (
     prediction_loss,
     targets_before,
 )
+from memzoo.layers.bmojo_state import BMojoState
 from memzoo.layers.errors import check_choice, check_positive
 from memzoo.layers.ops.attention_cache import take
 from memzoo.layers.ops.bmojo_attention import Segment
+from memzoo.layers.stores import MemoryStore
 from memzoo.layers.trace import Trace
 
 POSITIONS = ("true", "clamp", "none")
-
-Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class EideticMemory:
         for name, value in (("warmup_score", self.warmup_score), ("threshold", self.threshold)):
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise ValueError(f"{name}={value!r} is not a finite number; use one, or None for no rule")
+        if self.score == "residual" and (self.predictor != "ema" or self.warmup_score is not None):
+            raise ValueError(
+                f"score='residual' needs no predictor, but predictor={self.predictor!r} and "
+                f"warmup_score={self.warmup_score!r} are given; leave them out, or use another score"
+            )
         if self.predictor == "conv" and self.selection in ("fifo", "random"):
             raise ValueError(
                 f"predictor='conv' learns scores that selection={self.selection!r} does not read; use another predictor"
@@ -97,61 +104,78 @@ class EideticMemory:
                 f"with selection='threshold', None with any other"
             )
 
+    def retrieval(self, store: MemoryStore, queries: Tensor, turn: Turn) -> Retrieval:
+        """Return what writes to a store and fetches from it for (batch, time, heads, head_dim) queries."""
+        turned = None if self.positions == "true" else turn
+        return Retrieval(store, self.size, self.chunk, self.threshold, queries.detach(), turned)
+
     def choose(
         self,
-        target: Tensor,
+        scores: Tensor,
         streams: Pair,
         past: int,
         state: BMojoState | None,
         call: Call,
-        weight: Tensor | None,
+        *,
+        retrieval: Retrieval | None,
         trace: Trace | None,
-    ) -> tuple[Kept, Pair, dict[str, Tensor]]:
-        """Score the tokens of a call, and choose at the end of every chunk.
+    ) -> tuple[Kept, Pair, Fields]:
+        """Choose at the end of every chunk.
 
         Args:
-            target: What is predicted.
+            scores: (batch, time) of the tokens.
             streams: Keys and values: of a step the rings after it, else those of the call, in order.
             past: How many entries of the streams came before the call.
             state: Before the call.
             call: Its layout.
-            weight: Of the learned predictor, (taps, dim).
+            retrieval: From where to fetch; None to choose by the law of this memory.
             trace: Where to report.
 
         Returns:
             What was in store for every chunk of the call and after it; its keys and values (batch, chunks, size, heads,
             d); the fields of the new state.
         """
-        scores, targets = self._scores(target, state, call, weight, trace)
-        old = pending = None
-        if state is not None:
-            old, pending = self._held(state, scores), state.pending_scores
+        pending = None if state is None else state.pending_scores
+        chunks = Chunks.of(scores, pending, call.before, call.after, self.chunk)
+        if retrieval is None:
+            kept, (keys, values) = self._keep(chunks, streams, past, state, call)
+            fields: Fields = {}
+        else:
+            # Host work, row by row: nothing that a graph could hold.
+            run: Callable[..., tuple[Kept, Pair, Fields]] = torch.compiler.disable(retrieval.run)
+            kept, (keys, values), fields = run(chunks, streams, past, state, call)
+        last = kept.map(lambda tensor: tensor[:, -1].clone())
+        count = last.exists.sum(1)
+        if trace is not None and trace.wants_signals:
+            came = last.exists & (last.positions >= call.before[:, None])
+            trace.signal("eidetic_turnover", came.sum(1) / count.clamp_min(1))
+        fields |= {
+            "eidetic_keys": keys[:, -1].clone(),
+            "eidetic_values": values[:, -1].clone(),
+            "eidetic_scores": last.scores,
+            "eidetic_positions": last.positions,
+            "eidetic_count": count,
+            "pending_scores": chunks.pending,
+        }
+        return kept, (keys, values), fields
+
+    def _keep(
+        self, chunks: Chunks, streams: Pair, past: int, state: BMojoState | None, call: Call
+    ) -> tuple[Kept, Pair]:
+        """Choose by the law, and gather what was chosen."""
+        old = None if state is None else self._held(state, chunks.scores)
         with torch.no_grad():
-            law = Law(self.selection, self.size, self.chunk, self.threshold)
-            kept, pending = law.run(scores, pending, old, call.before, call.after)
+            kept = Law(self.selection, self.size, self.threshold).run(chunks, old)
         # What is not in an old slot came with one of the last chunks: in a step it is in the ring, which is in order.
         place = kept.positions % self.chunk
         if not call.is_step:
             place = kept.positions - call.before[:, None, None] + past
         held = (None, None) if state is None else (state.eidetic_keys, state.eidetic_values)
         keys, values = (_pick(x, stream, kept, place) for x, stream in zip(held, streams, strict=True))
-        last = kept.map(lambda tensor: tensor[:, -1].clone())
-        count = last.exists.sum(1)
-        if trace is not None and trace.wants_signals:
-            trace.signal("eidetic_turnover", (last.exists & (last.slots < 0)).sum(1) / count.clamp_min(1))
-        fields = {
-            "eidetic_keys": keys[:, -1].clone(),
-            "eidetic_values": values[:, -1].clone(),
-            "eidetic_scores": last.scores,
-            "eidetic_positions": last.positions,
-            "eidetic_count": count,
-            "pending_scores": pending,
-            "targets": targets,
-        }
-        return kept, (keys, values), fields
+        return kept, (keys, values)
 
     def segments(
-        self, kept: Kept, stored: Pair, call: Call, *, turn: Turn, bias: Tensor | None, training: bool
+        self, kept: Kept, stored: Pair, call: Call, *, turn: Turn, query: str, bias: Tensor | None, training: bool
     ) -> list[Segment]:
         """Return what every block of queries sees of the store: a segment for every way in which keys are turned.
 
@@ -160,6 +184,7 @@ class EideticMemory:
             stored: Keys and values.
             call: The layout.
             turn: Rotates keys (..., heads, d) by positions (...); the same keys where there are none.
+            query: Name of the queries that are rotated; "unrotated" is that of the others.
             bias: Of the segment.
             training: Whether the store may drop out.
         """
@@ -181,16 +206,16 @@ class EideticMemory:
         if training and self.dropout:
             visible = visible & (torch.rand(len(keys), 1, 1, 1, device=keys.device) >= self.dropout)
         if self.positions == "true":
-            return [Segment(keys, values, visible, "own", bias)]
+            return [Segment(keys, values, visible, query, bias)]
         if self.positions == "none":
-            return [Segment(turn(keys, -positions), values, visible, "plain", bias)]
+            return [Segment(turn(keys, -positions), values, visible, "unrotated", bias)]
         # Farther than twice the window, a query that is not turned meets keys that are turned to that distance from it.
         farthest = 2 * self.chunk
         near = queries - places <= farthest
         far = turn(keys, -positions - farthest)
         return [
-            Segment(keys, values, visible & near, "own", bias),
-            Segment(far, values, visible & ~near, "plain", bias),
+            Segment(keys, values, visible & near, query, bias),
+            Segment(far, values, visible & ~near, "unrotated", bias),
         ]
 
     def _held(self, state: BMojoState, scores: Tensor) -> Kept:
@@ -200,10 +225,18 @@ class EideticMemory:
         held = cast(Tensor, state.eidetic_scores).to(scores.dtype)
         return Kept(torch.where(exists, slots, -1), cast(Tensor, state.eidetic_positions), held, exists)
 
-    def _scores(
+    def scores(
         self, target: Tensor, state: BMojoState | None, call: Call, weight: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, Tensor]:
-        """How badly every token was predicted (batch, time), in at least float32, and the last targets."""
+        """Return how badly every token was predicted (batch, time), in at least float32, and the last targets.
+
+        Args:
+            target: What is predicted.
+            state: Before the call.
+            call: Its layout.
+            weight: Of the learned predictor, (taps, dim).
+            trace: Where to report.
+        """
         target = target.detach().to(torch.promote_types(target.dtype, torch.float32))
         history = targets_before(None if state is None else state.targets, target, self.taps)
         learns = weight is not None and trace is not None
@@ -215,8 +248,6 @@ class EideticMemory:
             scores = innovation(target, guess, self.score)
             if self.warmup_score is not None:
                 scores = scores.masked_fill(call.positions < self.taps, self.warmup_score)
-        if trace is not None:
-            trace.signal("score", scores)
         return scores, last_targets(history, self.taps, call.lengths)
 
     def _predict(self, history: Tensor, weight: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
-"""What B'MOJO carries from call to call, and where the tokens of one call stand: in blocks of queries, and in rings."""
+"""Where the tokens of one call of B'MOJO stand, in blocks of queries and in rings; checks of its options."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,40 +20,7 @@ SSMS: dict[str, type[SequenceMixer]] = {"mamba2": Mamba2, "mamba": Mamba, "gated
 
 Pair = tuple[Tensor, Tensor]
 Rings = tuple[Tensor | None, Tensor | None]
-
-
-@dataclass(frozen=True)
-class BMojoState(MixerState):
-    """The four memories but the weights; constant in size. None for what an option leaves out.
-
-    Attributes:
-        ssm: State of the state space.
-        window_keys: (batch, window, kv_heads, head_dim) ring, token j in slot ``j % window``.
-        window_values: The same.
-        fading_keys: (batch, slots, kv_heads, head_dim) ring of every ``fading_stride``-th fading token,
-            ``(lag + span) / stride`` of them, rounded up.
-        fading_values: The same.
-        eidetic_keys: (batch, num_eidetic, kv_heads, head_dim), in the order of positions.
-        eidetic_values: The same.
-        eidetic_scores: (batch, num_eidetic), at least float32.
-        eidetic_positions: (batch, num_eidetic) int64.
-        eidetic_count: (batch,) int64, slots that are taken, from the left; the others are zero.
-        pending_scores: (batch, window) scores of the tokens of the chunk that has not ended.
-        targets: (batch, predictor_taps, dim) what the predictor sees next, the latest last; at least float32.
-    """
-
-    ssm: MixerState | None
-    window_keys: Tensor | None
-    window_values: Tensor | None
-    fading_keys: Tensor | None
-    fading_values: Tensor | None
-    eidetic_keys: Tensor | None
-    eidetic_values: Tensor | None
-    eidetic_scores: Tensor | None
-    eidetic_positions: Tensor | None
-    eidetic_count: Tensor | None
-    pending_scores: Tensor | None
-    targets: Tensor | None
+Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -168,3 +135,38 @@ def check_count(name: str, value: int, remedy: str) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name}={value!r} is not a whole number >= 0; {remedy}")
+
+
+def check_segments(
+    *,
+    eidetic: bool,
+    fading: bool,
+    window: bool,
+    scored: bool,
+    segment_bias: bool,
+    tie_projections: bool,
+    eidetic_norm: bool,
+) -> None:
+    """Require kinds of keys that make sense together.
+
+    Raises:
+        ValueError: There are none at all, or an option is about a kind that is left out.
+    """
+    if eidetic and not scored:
+        raise ValueError(
+            "fading_span=0 leaves an SSM that nothing trains, and target='fading' asks it for scores; use "
+            "target='input', fading_span >= 1 or ssm_output=True"
+        )
+    if segment_bias and eidetic + fading + window < 2:
+        raise ValueError("segment_bias=True tells one kind of keys from none; use segment_bias=False")
+    if not (eidetic or fading or window):
+        raise ValueError("in_context=False leaves nothing to see; use fading_span >= 1 or num_eidetic >= 1")
+    if not tie_projections and not (fading and (window or eidetic)):
+        raise ValueError(
+            "tie_projections=False, but one kind of keys is left out; use tie_projections=True: nothing is shared"
+        )
+    if eidetic_norm and not (eidetic and (window or (fading and tie_projections))):
+        raise ValueError(
+            "eidetic_norm=True sets the queries of stored tokens apart, but there are none or no others; use "
+            "eidetic_norm=False"
+        )

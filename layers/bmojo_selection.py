@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PREDICTORS = ("ema", "previous", "conv")
-SCORES = ("norm", "l2", "cosine")
+SCORES = ("norm", "l2", "cosine", "residual")
 SELECTIONS = ("top_k", "threshold", "fifo", "random")
 
 Predictor = Callable[[Tensor], Tensor]
@@ -115,6 +115,62 @@ class Kept:
         """Apply a function to every tensor."""
         return Kept(*(function(tensor) for tensor in (self.slots, self.positions, self.scores, self.exists)))
 
+    @staticmethod
+    def stack(stores: "list[Kept]") -> "Kept":
+        """Put stores side by side: (batch, k) each -> (batch, stores, k)."""
+        fields: Any = (
+            [getattr(store, name) for store in stores] for name in ("slots", "positions", "scores", "exists")
+        )
+        return Kept(*(torch.stack(tensors, 1) for tensors in fields))
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The tokens of a call by the chunks that they lie in, and in the first of these the tokens before the call.
+
+    Attributes:
+        first: (batch,) number of the first chunk.
+        scores: (batch, chunks + 1, chunk) of the tokens. What is not read yet is anything.
+        positions: (batch, chunks + 1, chunk) of the tokens.
+        ended: (batch, chunks) whether a chunk ends in this call.
+        pending: (batch, chunk) scores of the tokens of the chunk that has not ended then; zero behind them.
+    """
+
+    first: Tensor
+    scores: Tensor
+    positions: Tensor
+    ended: Tensor
+    pending: Tensor
+
+    @staticmethod
+    def of(scores: Tensor, pending: Tensor | None, before: Tensor, after: Tensor, chunk: int) -> "Chunks":
+        """Lay out the scores of a call.
+
+        Args:
+            scores: Of the tokens of the call.
+            pending: Of the tokens of the first chunk that came before the call, from its slot 0. None for fresh rows.
+            before: Tokens before the call.
+            after: Tokens after the call.
+            chunk: Tokens of a chunk.
+
+        Shape:
+            scores: (batch, time). pending: (batch, chunk). before, after: (batch,).
+        """
+        batch, time = scores.shape
+        # Shapes depend on shapes alone, so these are the chunks that may end.
+        count = time // chunk if pending is None else (time + chunk - 1) // chunk
+        first, phase = before // chunk, before % chunk
+        places = torch.arange((count + 1) * chunk, device=scores.device)
+        token = places - phase[:, None]  # of the call, in every place of its chunks
+        held = torch.cat((scores.new_zeros(batch, chunk) if pending is None else pending.to(scores), scores), 1)
+        index = torch.where(token < 0, places, token.clamp(0, time - 1) + chunk).clamp_max(held.shape[1] - 1)
+        grid = held.gather(1, index).unflatten(1, (count + 1, chunk))
+        positions = ((first * chunk)[:, None] + places).view_as(grid)
+        rest = grid[torch.arange(batch, device=scores.device), after // chunk - first]
+        outside = torch.arange(chunk, device=scores.device) >= (after % chunk)[:, None]
+        ended = positions[:, :-1, -1] < after[:, None]
+        return Chunks(first, grid, positions, ended, rest.masked_fill(outside, 0))
+
 
 @dataclass(frozen=True)
 class Law:
@@ -124,53 +180,32 @@ class Law:
         selection: "top_k" and "threshold" keep the highest scores, "fifo" the latest tokens, "random" a choice that
             positions alone decide. Of equal ones the earliest stay.
         size: Slots.
-        chunk: Tokens of a chunk.
         threshold: Scores up to it are not stored; for "threshold".
     """
 
     selection: str
     size: int
-    chunk: int
     threshold: float | None = None
 
-    def run(
-        self, scores: Tensor, pending: Tensor | None, old: Kept | None, before: Tensor, after: Tensor
-    ) -> tuple[Kept, Tensor]:
+    def run(self, chunks: Chunks, old: Kept | None) -> Kept:
         """Select, at the end of every chunk that ends in this call.
 
         Args:
-            scores: Of the tokens of the call.
-            pending: Of the tokens of the first chunk that came before the call, from its slot 0. None for fresh rows.
+            chunks: The tokens.
             old: What is in store. None for fresh rows.
-            before: Tokens before the call.
-            after: Tokens after the call.
 
         Shape:
-            scores: (batch, time). pending: (batch, chunk). before, after: (batch,). Returns what is in store while the
-            tokens of a chunk are read, (batch, chunks, size) for the chunks of the call, the last entry being the
-            store after it; and the pending scores (batch, chunk) after it.
+            Returns what is in store while the tokens of a chunk are read, (batch, chunks + 1, size), the last entry
+            being the store after the call.
         """
-        batch, time = scores.shape
-        # Shapes depend on shapes alone, so these are the chunks that may end.
-        count = time // self.chunk if old is None else (time + self.chunk - 1) // self.chunk
-        first, phase = before // self.chunk, before % self.chunk
-        places = torch.arange((count + 1) * self.chunk, device=scores.device)
-        token = places - phase[:, None]  # of the call, in every place of its chunks
-        held = torch.cat((scores.new_zeros(batch, self.chunk) if pending is None else pending.to(scores), scores), 1)
-        index = torch.where(token < 0, places, token.clamp(0, time - 1) + self.chunk).clamp_max(held.shape[1] - 1)
-        grid = held.gather(1, index).unflatten(1, (count + 1, self.chunk))
-        positions = ((first * self.chunk)[:, None] + places).view_as(grid)
-        kept = self._empty(scores) if old is None else old
+        kept = self._empty(chunks.scores) if old is None else old
         stores = [kept]
-        for number in range(count):
-            ended = (first + number + 1) * self.chunk <= after
-            kept = self._update(kept, grid[:, number], positions[:, number], ended[:, None])
+        for number in range(chunks.ended.shape[1]):
+            kept = self._update(
+                kept, chunks.scores[:, number], chunks.positions[:, number], chunks.ended[:, number, None]
+            )
             stores.append(kept)
-
-        last = after // self.chunk - first
-        rest = grid[torch.arange(batch, device=scores.device), last]
-        outside = torch.arange(self.chunk, device=scores.device) >= (after % self.chunk)[:, None]
-        return _stack(stores), rest.masked_fill(outside, 0)
+        return Kept.stack(stores)
 
     def _empty(self, scores: Tensor) -> Kept:
         nothing = torch.zeros(len(scores), self.size, dtype=torch.long, device=scores.device)
@@ -219,8 +254,3 @@ def hashed(positions: Tensor) -> Tensor:
     for factor, shift in ((0x7FEB352D, 16), (0x846CA68B, 15), (1, 16)):
         x = (x ^ (x >> shift)) * factor % 2**32
     return x
-
-
-def _stack(stores: list[Kept]) -> Kept:
-    fields: Any = ([getattr(store, name) for store in stores] for name in ("slots", "positions", "scores", "exists"))
-    return Kept(*(torch.stack(tensors, 1) for tensors in fields))

@@ -43,6 +43,14 @@ class SequenceMixer(nn.Module, ABC):
         super().__init__()
         self.dim = dim
 
+    @property
+    def gives_innovation(self) -> bool:
+        """Whether ``mix`` takes ``return_innovation``: then it returns a last thing beside the outputs.
+
+        That is how much every token changes the memory beyond what it foresaw, (batch, time); see ``MatrixMemory``.
+        """
+        return False
+
     @abstractmethod
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -8,18 +8,21 @@ softmax goes over three sets of keys:
     window     (k_j, v_j),    i - w < j <= i                                 the last w tokens
 
 E_b holds at most ``num_eidetic`` of the tokens s < b w: those of the largest scores, of equal ones the earliest. The
-score of a token tells how far its target (f, or u) lies from a prediction by the targets before it; nothing is
-differentiated through it. The window and the fading set are those of the official code of B'MOJO-F; the eidetic set is
-a design that satisfies every published statement.
+score of a token tells how far its target (f, or u) lies from a prediction by the targets before it, or what the delta
+rule of the SSM corrected; nothing is differentiated through it. With a ``store``, E_b holds those whose keys have the
+largest product with the mean query of block b - 1. The window and the fading set are those of the official code of
+B'MOJO-F; the eidetic set is a design that satisfies every published statement.
 """
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from memzoo.layers.bmojo import BMojo
+from memzoo.layers.matrix_memory import MatrixMemory
 
 TINY = 1e-300
 
@@ -46,8 +49,13 @@ def bmojo(layer: BMojo, x: Tensor, *, lengths: Tensor | None = None) -> tuple[Te
     """
     outputs, rows = [], []
     f = x if layer.ssm is None else layer.ssm(x)[0]
+    residual = None
+    if layer.eidetic.score == "residual":
+        ssm = cast(MatrixMemory, layer.ssm)
+        (_, residual), _ = ssm.mix(x, None, lengths=None, trace=None, donate=False, return_innovation=True)
     for b, length in enumerate([x.shape[1]] * len(x) if lengths is None else lengths.tolist()):
-        y, row = _row(layer, x[b, :length], f[b, :length])
+        scores = None if residual is None else residual[b].tolist()
+        y, row = _row(layer, x[b, :length], f[b, :length], scores)
         outputs.append(torch.stack(y + [x.new_zeros(layer.dim)] * (x.shape[1] - length)))
         rows.append(row)
     return torch.stack(outputs), rows
@@ -55,12 +63,10 @@ def bmojo(layer: BMojo, x: Tensor, *, lengths: Tensor | None = None) -> tuple[Te
 
 def visible(layer: BMojo, kept: list[int], i: int) -> dict[str, list[int]]:
     """The positions that query i sees in each set, ``kept`` being the eidetic tokens of its block."""
-    latest = i - layer.fading_lag
+    fading, latest = layer.fading, i - layer.fading.lag
     return {
         "eidetic": [s for s in kept if s <= i - layer.window],
-        "fading": [
-            j for j in range(max(0, latest - layer.fading_span + 1), latest + 1) if (j + 1) % layer.fading_stride == 0
-        ],
+        "fading": [j for j in range(max(0, latest - fading.span + 1), latest + 1) if (j + 1) % fading.stride == 0],
         "window": [*range(max(0, i - layer.window + 1), i + 1)] if layer.in_context else [],
     }
 
@@ -76,6 +82,18 @@ def keep(layer: BMojo, scores: list[float], before: int) -> list[int]:
     return sorted(best[: layer.num_eidetic])
 
 
+def fetch(layer: BMojo, scores: list[float], asked: list[Tensor], before: int) -> list[int]:
+    """E of the block that begins at token ``before``, of a layer with a store; ``asked``: queries and keys of all."""
+    q, k = asked
+    candidates = [s for s in range(before) if layer.eidetic.threshold is None or scores[s] > layer.eidetic.threshold]
+    block = q.detach()[max(0, before - layer.window) : before].unflatten(1, (layer.num_kv_heads, -1))
+
+    def relevance(s: int) -> float:
+        return float(torch.einsum("ignd,gd->", block, k[s].detach()))
+
+    return sorted(sorted(candidates, key=relevance, reverse=True)[: layer.num_eidetic])
+
+
 def _noise(s: int) -> int:
     """A number that looks random and is decided by position s alone: the 32-bit hash "lowbias32" of s + 1.
 
@@ -87,12 +105,11 @@ def _noise(s: int) -> int:
     return s
 
 
-def _row(layer: BMojo, u: Tensor, f: Tensor) -> tuple[list[Tensor], Row]:
-    """Run one row: u and f are (time, dim)."""
+def _row(layer: BMojo, u: Tensor, f: Tensor, scores: list[float] | None) -> tuple[list[Tensor], Row]:
+    """Run one row: u and f are (time, dim), ``scores`` those that the SSM gives."""
     time, w = len(u), layer.window
-    scores = score(layer, f if layer.target == "fading" else u)
-    kept = [keep(layer, scores, b * w) for b in range(time // w + 1)]
-    attended = [visible(layer, kept[i // w], i) for i in range(time)]
+    if scores is None:
+        scores = score(layer, f if layer.target == "fading" else u)
 
     def heads(project: nn.Module, norm: nn.Module | None, tokens: Tensor) -> Tensor:
         z: Tensor = project(tokens).unflatten(-1, (-1, layer.head_dim))
@@ -100,14 +117,27 @@ def _row(layer: BMojo, u: Tensor, f: Tensor) -> tuple[list[Tensor], Row]:
 
     q, k = heads(layer.query, layer.query_norm, u), heads(layer.key, layer.key_norm, u)
     v = heads(layer.value, None, u)
+    asking = q if layer.eidetic_norm is None else heads(layer.query, layer.eidetic_norm, u)
+    starts = range(0, time + 1, w)
+    if layer.store is None:
+        kept = [keep(layer, scores, start) for start in starts]
+    else:
+        asked = [asking, k]
+        if layer.rotary is not None and layer.eidetic.positions == "true":
+            asked = [_turn(z, torch.arange(time), layer.rotary.base) for z in asked]
+        kept = [fetch(layer, scores, asked, start) for start in starts]
+    attended = [visible(layer, kept[i // w], i) for i in range(time)]
     fading = (
         heads(layer.fading_query or layer.query, layer.fading_query_norm or layer.query_norm, u),
         heads(layer.fading_key or layer.key, layer.fading_key_norm or layer.key_norm, f),
         heads(layer.fading_value or layer.value, None, f),
     )
-    sets = {"eidetic": (q, k, v), "fading": fading, "window": (q, k, v)}
+    sets = {"eidetic": (asking, k, v), "fading": fading, "window": (q, k, v)}
     reads = [_attend(layer, sets, seen, i) for i, seen in enumerate(attended)]
-    return [layer.out(read.flatten()) for read in reads], Row(scores, kept, attended)
+    outputs = [layer.out(read.flatten()) for read in reads]
+    if layer.adds_ssm:
+        outputs = [y + f_i for y, f_i in zip(outputs, f, strict=True)]
+    return outputs, Row(scores, kept, attended)
 
 
 @torch.no_grad()

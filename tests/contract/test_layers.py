@@ -27,7 +27,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "differential_attention": {"biased": {"bias": True, "num_kv_heads": 4, "qk_norm": True, "num_prefix_tokens": 2}},
     "sliding_window_differential_attention": {"wide": {"window": 64, "rotary_base": None}},
     "bmojo": {
-        "store": {"fading_span": 0, "target": "input"},
+        "no_ssm": {"fading_span": 0, "target": "input"},
+        "delta_rule": {
+            "ssm": "gated_deltanet",
+            "ssm_options": {"num_heads": 2, "head_dim": 4, "chunk_size": 4},
+            "score": "residual",
+            "ssm_output": True,
+            "eidetic_norm": True,
+            "fading_span": 0,
+            "eidetic_positions": "clamp",
+        },
         "untied": {
             "tie_projections": False,
             "segment_bias": True,

@@ -41,6 +41,8 @@ CASES: list[dict[str, Any]] = [
     {"num_eidetic": 2, "in_context": False, "fading_lag": 0, "fading_span": 4, "fading_stride": 1},
     {"num_eidetic": 4, "fading_lag": 5, "fading_span": 4, "fading_stride": 2, "num_kv_heads": 1},
     {"num_eidetic": 2, "window": 1, "segment_bias": True},
+    {"num_eidetic": 3, "score": "residual", "eidetic_norm": True, "ssm_output": True, "fading_span": 0} | DELTA,
+    {"num_eidetic": 3, "eidetic_norm": True, "eidetic_positions": "clamp", "num_kv_heads": 1, "ssm_output": True},
 ]
 few_cases = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 

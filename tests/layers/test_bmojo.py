@@ -126,7 +126,6 @@ def test_01_the_first_fading_key_is_that_of_position_w(i, first, last):
         ({"fading_lag": 0, "fading_span": 1}, [11]),
         ({"fading_lag": 4, "fading_span": 5, "fading_stride": 2}, [3, 5, 7]),
         ({"fading_lag": 1, "fading_span": 30, "fading_stride": 4}, [3, 7]),
-        ({"fading_span": 0}, []),
     ],
 )
 def test_01_lag_span_and_stride_choose_the_fading_keys(rule, expected):
@@ -358,6 +357,15 @@ def test_15_grouped_queries_are_heads_with_repeated_keys_and_values(options):
         ({"num_eidetic": 2, "fading_span": 0}, "fading_span=0 leaves an SSM that nothing trains"),
         ({"segment_bias": True, "fading_span": 0}, "segment_bias=True tells one kind of keys from none"),
         ({"num_eidetic": 2, "predictor": "conv", "selection": "fifo"}, "selection='fifo' does not read"),
+        ({"num_eidetic": 2, "score": "residual"}, "the SSM is a Mamba2; use ssm='gated_deltanet'"),
+        ({"num_eidetic": 2, "score": "residual", "fading_span": 0} | DELTA, "the SSM is a NoneType"),
+        ({"num_eidetic": 2, "score": "residual", "predictor": "previous"} | DELTA, "predictor='previous'"),
+        ({"num_eidetic": 2, "score": "residual", "warmup_score": 0.0} | DELTA, "warmup_score=0.0"),
+        ({"eidetic_norm": True}, "there are none or no others"),
+        (
+            {"eidetic_norm": True, "num_eidetic": 2, "in_context": False, "tie_projections": False},
+            "there are none or no others",
+        ),
         ({"predictor": torch.nn.Linear(DIM, DIM)}, "predictor=Linear has parameters that nothing would train"),
         ({"predictor": "previous", "predictor_taps": 0}, "predictor_taps=0"),
         ({"warmup_score": math.nan}, "warmup_score=nan is not a finite number"),
@@ -369,6 +377,19 @@ def test_15_grouped_queries_are_heads_with_repeated_keys_and_values(options):
 def test_options_that_make_no_layer_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(**options)
+
+
+def test_a_layer_that_stores_nothing_asks_for_no_innovation():
+    layer = build(score="residual")
+    plain = build()
+    assert_close(layer(tokens()), plain(tokens()))
+
+
+def test_what_the_ssm_declares_as_its_outputs_is_declared():
+    inner = build(ssm_output=True)
+    outer = build(ssm=inner, ssm_options=None, ssm_output=True)
+    assert outer.residual_outputs() == [outer.out, inner.out, inner.ssm.out]
+    assert build().residual_outputs()[1:] == []
 
 
 def test_a_predictor_that_returns_another_shape_is_refused():

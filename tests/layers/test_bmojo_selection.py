@@ -10,6 +10,7 @@ from memzoo.layers.reference.bmojo import bmojo as reference
 from memzoo.layers.reference.bmojo import keep
 from memzoo.layers.trace import Trace
 from tests.layers.bmojo_cases import (
+    DELTA,
     DIM,
     WINDOW,
     Given,
@@ -249,3 +250,43 @@ def test_scores_do_not_depend_on_the_scale_of_the_target(score):
     layer(x, trace=traces[0])
     layer(1e-8 * x, trace=traces[1])
     assert_close(traces[1].signals["score"], traces[0].signals["score"])
+
+
+# 19. The innovation of a delta rule.
+
+
+@torch.no_grad()
+def test_19_what_a_delta_rule_corrects_is_the_score():
+    layer, x, trace = build(num_eidetic=4, score="residual", **DELTA), tokens(), Trace()
+    _, state = layer(x, trace=trace)
+    ssm, scores = layer.ssm, trace.signals["score"]
+    projected, _ = ssm.conv(ssm.query_key_value(x))
+    q, k, v = projected.split(ssm.widths, dim=-1)
+    q, k = (part.unflatten(-1, (ssm.rule.num_heads, -1)) for part in (q, k))
+    v, gates = v.unflatten(-1, (ssm.rule.num_value_heads, -1)), ssm.gates(x)
+    _, k = ssm.rule.prepare(q, k, torch.arange(x.shape[1]))
+    beta, log_decay = ssm.rule.gate_values(gates, v)
+    for row in range(len(x)):
+        memory, expected = torch.zeros(*ssm.rule.state_shape).double(), []
+        for t in range(x.shape[1]):
+            memory = memory * log_decay[row, t, :, None, None].exp()
+            error = beta[row, t, :, None] * (v[row, t] - torch.einsum("hk,hkv->hv", k[row, t], memory))
+            memory = memory + torch.einsum("hk,hv->hkv", k[row, t], error)
+            expected.append(error.norm())
+        assert_close(scores[row], torch.stack(expected))
+        ended = x.shape[1] // WINDOW * WINDOW
+        best = torch.stack(expected)[:ended].topk(4).indices.sort().values
+        assert kept_positions(state)[row] == best.tolist()
+
+
+@torch.no_grad()
+def test_what_the_ssm_gives_can_be_added():
+    """A delta rule's own read beside a cache of the tokens it was wrong about: the composition of arXiv 2607.02303."""
+    options = {"num_eidetic": 3, "fading_span": 0, "window": 2, "score": "residual"} | DELTA
+    layer, x = build(**options, ssm_output=True, eidetic_norm=True), tokens()
+    y, state = layer(x)
+    assert state.fading_keys is None
+    fading, _ = layer.ssm(x)
+    assert (y - fading).abs().amax(-1).all()
+    layer.out.weight.zero_()
+    assert_close(layer(x)[0], fading)

@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_map
 
 from memzoo.layers.reference.bmojo import bmojo as reference
 from memzoo.layers.state import State
+from memzoo.layers.stores import HostStore
 from tests.layers.bmojo_cases import (
     CASES,
+    DELTA,
     DIM,
     WINDOW,
     assert_close,
@@ -97,7 +99,7 @@ def test_10_rows_at_different_places_of_their_blocks_go_on_together(options, len
     layer, x = build(**options), tokens(time=TIME)
     starts = 4, 9
     states = [layer(x[row : row + 1, :start])[1] for row, start in enumerate(starts)]
-    state = tree_map(lambda *parts: torch.cat(parts), *states)
+    state = tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *states)
     piece = torch.stack([x[row, start : start + 9] for row, start in enumerate(starts)])
     counts = None if lengths is None else torch.tensor(lengths)
     y, end = layer.mix(piece, state, lengths=counts, trace=None, donate=False)
@@ -133,6 +135,8 @@ def test_11_the_state_has_one_size(options):
         {"num_eidetic": 4, "num_kv_heads": 1},
         {"num_eidetic": 4, "fading_span": 0, "target": "input"},
         {"num_eidetic": 4, "fading_stride": WINDOW, "fading_span": 9},
+        {"num_eidetic": 4, "score": "residual"} | DELTA,
+        {"num_eidetic": 4, "num_kv_heads": 1, "store": HostStore()},
     ],
     ids=str,
 )
@@ -141,10 +145,14 @@ def test_11_the_state_holds_what_the_formula_says(options):
     state = layer.initial_state(1)
     pair, k = 2 * layer.num_kv_heads * layer.head_dim, layer.num_eidetic
     expected = 2 + layer.window * pair  # two counters, the window
-    if layer.fading_span:
-        expected += math.ceil((layer.fading_lag + layer.fading_span) / layer.fading_stride) * pair
+    if (fading := layer.fading).span:
+        expected += math.ceil((fading.lag + fading.span) / fading.stride) * pair
     if k:
-        expected += k * (pair + 2) + 1 + layer.eidetic.taps * DIM + layer.window  # 1: how many slots are taken
+        expected += k * (pair + 2) + 1 + layer.window  # 1: how many slots are taken
+        if not layer.by_residual:
+            expected += layer.eidetic.taps * DIM
+        if layer.store is not None:
+            expected += layer.num_kv_heads * layer.head_dim + 1
     assert size(state) - (0 if state.ssm is None else size(state.ssm)) == expected
 
 
