@@ -30,7 +30,8 @@ class CausalLMModule(LightningModule):
 
     Logs ``train/loss`` (nats per token), ``train/bits_per_byte``, and for validation and test, exact over all their
     tokens, ``val/loss``, ``val/accuracy``, ``val/bits_per_byte``, ``val/perplexity``. Where the data module returns a
-    dict of loaders, the same for each of them, ``val/NAME/loss`` and so on. Bits per byte need to know the bytes of a
+    dict of loaders, the same for each of them, ``val/NAME/loss`` and so on; the plain names are then of all of them, or
+    of the one that the data module calls its ``main_loader``, if it is there. Bits per byte need to know the bytes of a
     token: the data module's ``bytes_per_token``; without one they are not logged. Where the data module says that it
     has ``long_answers``, ``val/exact_match`` is the share of answers that are right in all tokens. Auxiliary losses
     that layers report through ``Trace`` are added to the objective and logged under ``train/``.
@@ -93,6 +94,7 @@ class CausalLMModule(LightningModule):
                 stacklevel=2,
             )
         self._totals: dict[Stage, dict[str, _Totals]] = {}  # by the beginning of the names they are logged under
+        self._main: dict[Stage, str | None] = {}  # of these names, that of the one loader which the plain names are of
         self._carried = CarriedStates()
 
     def forward(self, tokens: Tensor, state: State | None = None, **options: Any) -> tuple[Tensor, State]:
@@ -158,8 +160,7 @@ class CausalLMModule(LightningModule):
     def _measure(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int, stage: Stage) -> None:
         pieces, logits = self._predict(batch, batch_idx, stage)
         losses, hits = pieces.losses(logits), pieces.hits(logits)
-        every, *named = self._totals[stage].values()
-        for totals in (every, *named[dataloader_idx : dataloader_idx + 1]):
+        for totals in self._totals_of(stage, dataloader_idx):
             totals.loss.update(losses, pieces.counted)
             totals.accuracy.update(hits, pieces.counted)
             if totals.exact_match is not None:
@@ -167,9 +168,20 @@ class CausalLMModule(LightningModule):
                 totals.exact_match.update(exact, torch.ones_like(exact))
 
     def _start_totals(self, stage: Stage, loaders: Any) -> None:
-        names = [f"{stage}/", *(f"{stage}/{name}/" for name in loaders)] if isinstance(loaders, dict) else [f"{stage}/"]
-        long_answers = getattr(data_module(self.trainer), "long_answers", False)
-        self._totals[stage] = {name: _Totals.on(self.device, long_answers=long_answers) for name in names}
+        data = data_module(self.trainer)
+        own = [f"{stage}/{name}/" for name in loaders] if isinstance(loaders, dict) else []
+        long_answers = getattr(data, "long_answers", False)
+        self._totals[stage] = {name: _Totals.on(self.device, long_answers=long_answers) for name in (f"{stage}/", *own)}
+        # The trainer keeps the data module of a fit, also where other loaders are passed by hand.
+        main = f"{stage}/{getattr(data, 'main_loader', None)}/"
+        self._main[stage] = main if main in own else None
+
+    def _totals_of(self, stage: Stage, dataloader_idx: int) -> "list[_Totals]":
+        """Return the sums that a loader's batches count in: the plain ones, and its own if it has a name."""
+        plain, *named = self._totals[stage].items()
+        own, main = named[dataloader_idx : dataloader_idx + 1], self._main[stage]
+        counts_as_plain = main is None or own[0][0] == main
+        return [totals for _, totals in ([plain] if counts_as_plain else []) + own]
 
     def _log_totals(self, stage: Stage) -> None:
         self._carried.drop(stage)

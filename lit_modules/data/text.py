@@ -18,6 +18,7 @@ from memzoo.lit_modules.data.shards import TokenCache, prepare_cache
 from memzoo.lit_modules.data.tokenizer import load_tokenizer
 
 PathLike = str | os.PathLike[str]
+Loader = DataLoader[dict[str, Tensor]]
 
 
 class TextData(pl.LightningDataModule):
@@ -39,6 +40,13 @@ class TextData(pl.LightningDataModule):
         validation_fraction: Share of the documents to hold out, chosen by a hash of their contents; where there are too
             few documents for that, the last part of the text.
         validation_paths: Text to validate on instead, given like ``paths``; nothing is then held out from ``paths``.
+        val_sequence_lengths: Lengths of rows to validate on beside ``sequence_length``: what a model that is trained on
+            short rows makes of long ones. Each, and ``sequence_length``, has a loader that is named by it. All of them
+            read the same text, but for what fills no row, in batches of as many tokens as those of training, rounded
+            down to whole rows, or of one row. Under a trainer's ``limit_val_batches``, which counts batches, they do so
+            if the lengths divide ``batch_size * sequence_length``: those that do not read less, longer ones read more.
+            Neither the split nor prediction, which is of ``sequence_length`` alone, depends on them. None, or no
+            length, for one loader.
         suffixes: File name endings to take from folders, such as ``.md``; None takes all files.
         pack_documents: Add ``doc_ids``, so that documents that share a row do not see each other.
         contiguous: Row ``i`` of a batch continues row ``i`` of the batch before, for states carried over batches; no
@@ -67,6 +75,7 @@ class TextData(pl.LightningDataModule):
         batch_size: int = 8,
         validation_fraction: float = 0.05,
         validation_paths: Sequence[PathLike] | PathLike | None = None,
+        val_sequence_lengths: Sequence[int] | None = None,
         suffixes: Sequence[str] | str | None = None,
         pack_documents: bool = True,
         contiguous: bool = False,
@@ -82,10 +91,17 @@ class TextData(pl.LightningDataModule):
                 f"validation_fraction={validation_fraction} is not between 0 and 1, both excluded; use 0.05, or name "
                 f"files in validation_paths"
             )
+        if isinstance(val_sequence_lengths, int):
+            raise ValueError(
+                f"val_sequence_lengths={val_sequence_lengths} is no list; use [{val_sequence_lengths}], or None"
+            )
+        for length in val_sequence_lengths or ():
+            check_positive("val_sequence_lengths", length)
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers} is negative; use 0 to load in the main process")
         # Plain strings and lists from here on: checkpoints carry the arguments, and load without unpickling classes.
         paths, validation_paths, suffixes = _as_list(paths), _as_list(validation_paths), _as_list(suffixes)
+        val_sequence_lengths = list(val_sequence_lengths or ()) or None
         tokenizer, cache_dir = os.fspath(tokenizer), None if cache_dir is None else os.fspath(cache_dir)
         self.save_hyperparameters(logger=False)
         self.paths = paths
@@ -94,6 +110,7 @@ class TextData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.validation_fraction = validation_fraction
         self.validation_paths = validation_paths
+        self.val_sequence_lengths = val_sequence_lengths
         self.suffixes = suffixes
         self.pack_documents = pack_documents
         self.contiguous = contiguous
@@ -101,7 +118,7 @@ class TextData(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._keys: list[str] = []  # the caches' names: of paths, and of validation_paths if given
-        self._rows: tuple[PackedRows, PackedRows] | None = None
+        self._rows: tuple[PackedRows, dict[int, PackedRows]] | None = None  # for training, for validation by length
 
     @property
     def vocab_size(self) -> int:
@@ -114,14 +131,19 @@ class TextData(pl.LightningDataModule):
         return self.validation_rows.bytes_per_token
 
     @property
+    def main_loader(self) -> str | None:
+        """Name of the validation loader that plain metrics, such as ``val/loss``, are of; None where there is one."""
+        return None if self.val_sequence_lengths is None else str(self.sequence_length)
+
+    @property
     def training_rows(self) -> PackedRows:
         """The training split, in the order of its documents."""
         return self._split()[0]
 
     @property
     def validation_rows(self) -> PackedRows:
-        """The validation split."""
-        return self._split()[1]
+        """The validation split, in rows as long as those of training."""
+        return self._split()[1][self.sequence_length]
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
@@ -148,40 +170,45 @@ class TextData(pl.LightningDataModule):
             self.prepare_data()
         if self._rows is None:
             self._rows = self._open()
-            for name, rows in zip(("training", "validation"), self._rows, strict=True):
+            for name, rows in (("training", self.training_rows), ("validation", self.validation_rows)):
                 rank_zero_info(f"TextData: {rows.num_tokens:,} {name} tokens in {len(rows):,} rows")
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> Loader:
         """Return the loader of the training rows. In a plain loop, call ``loader.sampler.set_epoch(epoch)``."""
         if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            return DataLoader(self.training_rows, **self._loader_options())
-        return ResumableLoader(self.training_rows, **self._loader_options(self._sampler(self.training_rows)))
+            return DataLoader(self.training_rows, **self._loader_options(self.batch_size))
+        return ResumableLoader(self.training_rows, **self._sampled(self.training_rows, self.batch_size))
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the loader of the validation rows, in order."""
-        if not self.contiguous:
-            return DataLoader(self.validation_rows, **self._loader_options())
-        return DataLoader(self.validation_rows, **self._loader_options(self._sampler(self.validation_rows)))
+    def val_dataloader(self) -> Loader | dict[str, Loader]:
+        """Return the loader of the validation rows, in order; with ``val_sequence_lengths``, loaders by length."""
+        loaders = {str(length): self._validation_loader(rows) for length, rows in self._split()[1].items()}
+        return loaders[str(self.sequence_length)] if self.val_sequence_lengths is None else loaders
 
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the loader of the validation rows."""
+    def test_dataloader(self) -> Loader | dict[str, Loader]:
+        """Return what ``val_dataloader`` does."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the loader of the validation rows."""
-        return self.val_dataloader()
+    def predict_dataloader(self) -> Loader:
+        """Return the loader of the validation rows of ``sequence_length``, in order."""
+        return self._validation_loader(self.validation_rows)
+
+    def _validation_loader(self, rows: PackedRows) -> Loader:
+        batch_size = max(1, self.batch_size * self.sequence_length // rows.sequence_length)
+        if self.contiguous:
+            return DataLoader(rows, **self._sampled(rows, batch_size))
+        return DataLoader(rows, **self._loader_options(batch_size))
 
     def _use(self, keys: list[str]) -> None:
         if keys != self._keys:
             self._keys, self._rows = keys, None
 
-    def _split(self) -> tuple[PackedRows, PackedRows]:
+    def _split(self) -> tuple[PackedRows, dict[int, PackedRows]]:
         if self._rows is None:
             self.setup()
         assert self._rows is not None
         return self._rows
 
-    def _open(self) -> tuple[PackedRows, PackedRows]:
+    def _open(self) -> tuple[PackedRows, dict[int, PackedRows]]:
         caches = [TokenCache(self.cache_dir / key) for key in self._keys]
         training_cache, validation_cache = caches[0], caches[-1]
         if self.validation_paths is None:
@@ -191,26 +218,38 @@ class TextData(pl.LightningDataModule):
             training, validation = all_spans(training_cache.documents), all_spans(validation_cache.documents)
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(self.seed))
         shuffled = [training[i] for i in order.tolist()]
-        return self._pack("training", training_cache, shuffled), self._pack("validation", validation_cache, validation)
+        lengths = dict.fromkeys((self.sequence_length, *(self.val_sequence_lengths or ())))
+        return (
+            self._pack("training", training_cache, shuffled, self.sequence_length),
+            {length: self._pack("validation", validation_cache, validation, length) for length in lengths},
+        )
 
-    def _pack(self, split: str, cache: TokenCache, spans: list[Span]) -> PackedRows:
-        held, least = sum(span.stop - span.start for span in spans), self.sequence_length + 1
+    def _pack(self, split: str, cache: TokenCache, spans: list[Span], length: int) -> PackedRows:
+        held, least = sum(span.stop - span.start for span in spans), length + 1
         if held < least:
+            argument = "sequence_length" if length == self.sequence_length else "val_sequence_lengths"
             total = sum(document.tokens for document in cache.documents)
             raise ValueError(
-                f"sequence_length={self.sequence_length} needs {least} tokens in the {split} split, which holds {held} "
-                f"of {total}; lower sequence_length, or pass more text"
+                f"{argument}={getattr(self, argument)} needs {least} tokens in the {split} split, which holds {held} "
+                f"of {total}; lower {argument}, or pass more text"
             )
-        return PackedRows(cache, spans, self.sequence_length, with_documents=self.pack_documents)
+        return PackedRows(cache, spans, length, with_documents=self.pack_documents)
 
-    def _sampler(self, rows: PackedRows) -> RowSampler:
+    def _sampled(self, rows: PackedRows, batch_size: int) -> dict[str, Any]:
         share = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-        return RowSampler(rows, self.batch_size, contiguous=self.contiguous, seed=self.seed, **share)
+        devices = share.get("num_replicas", 1)
+        if self.contiguous and len(rows) < devices and rows.sequence_length != self.sequence_length:
+            raise ValueError(
+                f"val_sequence_lengths={self.val_sequence_lengths} and contiguous=True need a row for every device, "
+                f"but {len(rows)} rows of {rows.sequence_length} meet {devices} devices; lower val_sequence_lengths, "
+                f"pass more text, or use fewer devices"
+            )
+        sampler = RowSampler(rows, batch_size, contiguous=self.contiguous, seed=self.seed, **share)
+        return self._loader_options(sampler.batch_size) | {"sampler": sampler}
 
-    def _loader_options(self, sampler: RowSampler | None = None) -> dict[str, Any]:
+    def _loader_options(self, batch_size: int) -> dict[str, Any]:
         return {
-            "batch_size": self.batch_size if sampler is None else sampler.batch_size,
-            "sampler": sampler,
+            "batch_size": batch_size,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),

@@ -173,6 +173,27 @@ def test_validation_is_the_mean_over_tokens_of_uneven_batches():
     assert measured["val/accuracy"] == pytest.approx(torch.cat(hits).double().mean().item())
 
 
+def test_loaders_passed_by_hand_after_a_fit_all_count_though_its_data_module_stays():
+    """The trainer keeps the data module, whose main loader is then not among the loaders."""
+    lit, fit, data = module(), trainer(), Batches([{"tokens": tokens(2, 5)}])
+    data.main_loader = "16"
+    fit.fit(lit, datamodule=data)
+    assert fit.datamodule is data
+    batches = {"a": [{"tokens": tokens(3, 9, seed=1)}], "b": [{"tokens": tokens(2, 5, seed=2)}]}
+    losses = {name: losses_of(lit.model, held[0]["tokens"]).flatten() for name, held in batches.items()}
+    loaders = {name: torch.utils.data.DataLoader(held, batch_size=None) for name, held in batches.items()}
+    for run, stage in ((fit.validate, "val"), (fit.test, "test")):
+        [alone] = run(lit, dataloaders=loaders["a"], verbose=False)
+        assert alone[f"{stage}/loss"] == pytest.approx(losses["a"].mean().item(), rel=1e-6)
+        for given in (loaders, list(loaders.values())):
+            parts = run(lit, dataloaders=given, verbose=False)
+            measured = {name: value for part in parts for name, value in part.items()}
+            every = torch.cat([*losses.values()]).mean().item()
+            assert measured[f"{stage}/loss"] == pytest.approx(every, rel=1e-6)
+            for name in losses if given is loaders else ():
+                assert measured[f"{stage}/{name}/loss"] == pytest.approx(losses[name].mean().item(), rel=1e-6)
+
+
 def test_testing_measures_what_validation_measures():
     lit, data = module(), Batches(val=[{"tokens": tokens(2, 7)}])
     (val,) = trainer().validate(lit, datamodule=data, verbose=False)

@@ -1,6 +1,7 @@
 import math
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
+from memzoo.lit_modules import CausalLMModule
 from memzoo.lit_modules.data import TextData
 
 
@@ -107,6 +109,69 @@ def test_validation_paths_are_all_validated_on_and_paths_all_trained_on(folder: 
     assert data.decode(data.validation_rows[0]["tokens"]).startswith("held out by hand")
 
 
+def test_rows_of_other_lengths_hold_the_validation_text_from_its_beginning(folder: Path):
+    data, plain = small(folder, val_sequence_lengths=[32, 96]), small(folder)
+    loaders = data.val_dataloader()
+    assert list(loaders) == ["16", "32", "96"]
+    assert targets(loaders["16"]) == targets(plain.val_dataloader())
+    assert targets(data.train_dataloader()) == targets(plain.train_dataloader())
+    first = {name: next(iter(loader))["tokens"] for name, loader in loaders.items()}
+    assert {name: tuple(x.shape) for name, x in first.items()} == {"16": (4, 17), "32": (2, 33), "96": (1, 97)}
+    text = targets(loaders["16"])
+    for loader in loaders.values():
+        read = targets(loader)
+        assert len(read) > 96
+        assert read[: len(text)] == text[: len(read)]
+    assert data.main_loader == "16"
+    assert plain.main_loader is None
+
+
+def test_a_length_is_validated_on_once_and_contiguously_if_asked(folder: Path):
+    data = small(folder, val_sequence_lengths=[32, 16], contiguous=True)
+    assert list(data.val_dataloader()) == ["16", "32"]
+    before, after, *_ = (batch["tokens"] for batch in data.val_dataloader()["32"])
+    assert torch.equal(before[:, -1], after[:, 0])
+
+
+def test_no_other_length_is_one_loader(folder: Path):
+    data = small(folder, val_sequence_lengths=[])
+    assert targets(data.val_dataloader()) == targets(small(folder).val_dataloader())
+    assert data.val_sequence_lengths is data.main_loader is data.hparams["val_sequence_lengths"] is None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_prediction_is_of_the_trained_length_alone(folder: Path, tmp_path: Path):
+    data = small(folder, val_sequence_lengths=[32])
+    predicted = trainer(tmp_path).predict(Recorder(), datamodule=data)
+    expected = [batch["tokens"] for batch in small(folder).predict_dataloader()]
+    assert predicted is not None
+    assert all(torch.equal(*pair) for pair in zip(predicted, expected, strict=True))
+
+
+def test_so_many_batches_are_the_same_text_if_the_lengths_divide_a_batch(folder: Path):
+    """What ``limit_val_batches`` cuts off: less is left of lengths that do not divide it, more of longer ones."""
+    loaders = small(folder, val_sequence_lengths=[32, 64, 24, 96]).val_dataloader()
+    read = {name: targets(islice(loader, 2)) for name, loader in loaders.items()}
+    assert read["16"] == read["32"] == read["64"]
+    assert {name: len(text) for name, text in read.items()} == {"16": 128, "32": 128, "64": 128, "24": 96, "96": 192}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_plain_metrics_are_those_of_the_trained_length(folder: Path, tmp_path: Path):
+    module = CausalLMModule("transformer_tiny", {"dim": 16, "depth": 1, "num_heads": 2, "hidden_dim": 16})
+    runner = trainer(tmp_path)
+    for stage, run in (("val", runner.validate), ("test", runner.test)):
+        [plain] = run(module, datamodule=small(folder), verbose=False)
+        several = run(module, datamodule=small(folder, val_sequence_lengths=[64]), verbose=False)
+        measured = {name: value for part in several for name, value in part.items()}
+        names = {"loss", "accuracy", "perplexity", "bits_per_byte"}
+        assert {*plain} == {f"{stage}/{name}" for name in names}
+        assert {*measured} == {*plain} | {f"{stage}/{length}/{name}" for length in (16, 64) for name in names}
+        for name, value in plain.items():
+            assert measured[name] == measured[name.replace("/", "/16/")] == value
+        assert measured[f"{stage}/64/loss"] != measured[f"{stage}/loss"]
+
+
 def test_documents_need_not_be_packed(folder: Path):
     assert set(next(iter(small(folder, pack_documents=False).train_dataloader()))) == {"tokens"}
 
@@ -139,6 +204,8 @@ def test_workers_deliver_the_same_batches(folder: Path):
         ({"validation_fraction": 0.0}, "validation_fraction=0.0 is not between 0 and 1"),
         ({"validation_fraction": 1}, "validation_fraction=1 is not between 0 and 1"),
         ({"validation_fraction": math.nan}, "validation_fraction=nan is not between 0 and 1"),
+        ({"val_sequence_lengths": [32, 0]}, "val_sequence_lengths=0"),
+        ({"val_sequence_lengths": 512}, r"val_sequence_lengths=512 is no list; use \[512\]"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"tokenizer": "no.json"}, r"tokenizer='no\.json' is no file"),
     ],
@@ -158,7 +225,27 @@ def test_too_little_text_says_how_much_there_is(folder: Path, tmp_path: Path):
         TextData(tmp_path / "short.txt", sequence_length=30).setup()
     with pytest.raises(ValueError, match=r"sequence_length=50 needs 51 tokens in the validation split, which holds 40"):
         small(folder, sequence_length=50, validation_paths=tmp_path / "short.txt").setup()
+    with pytest.raises(ValueError, match=r"val_sequence_lengths=\[32, 64\] needs 65 tokens in the validation .* 40 of"):
+        small(folder, val_sequence_lengths=[32, 64], validation_paths=tmp_path / "short.txt").setup()
     TextData(tmp_path / "short.txt", sequence_length=19).setup()
+
+
+def test_fewer_long_rows_than_devices_are_not_blamed_on_the_trained_length(folder: Path):
+    def on_devices(**options: Any) -> TextData:
+        data = small(folder, contiguous=True, **options)
+        data.trainer = SimpleNamespace(
+            world_size=1, overfit_batches=0, distributed_sampler_kwargs={"num_replicas": 4, "rank": 0}
+        )
+        return data
+
+    held = small(folder).validation_rows.num_tokens
+    named = (
+        rf"val_sequence_lengths=\[32, {held - 1}\] and .* 1 rows of {held - 1} meet 4 devices; lower val_sequence_le"
+    )
+    with pytest.raises(ValueError, match=named):
+        on_devices(val_sequence_lengths=[32, held - 1]).val_dataloader()
+    with pytest.raises(ValueError, match="1 rows meet 4 devices; lower sequence_length"):
+        on_devices(sequence_length=held - 1, val_sequence_lengths=[32]).val_dataloader()
 
 
 def test_bad_text_leaves_no_cache(folder: Path, cache: Path):
@@ -188,12 +275,13 @@ def test_the_command_line_sets_every_kind_of_argument():
     parser = ArgumentParser()
     parser.add_class_arguments(TextData, "data")
     assert parser.parse_args(["--data.paths", "a.txt"]).data.paths == "a.txt"
-    parsed = parser.parse_args(
-        ["--data.paths", '["a", "b/**/*.md"]', "--data.suffixes", '[".md"]', "--data.contiguous", "true"]
-    )
+    given = {"paths": '["a", "b/**/*.md"]', "suffixes": '[".md"]', "contiguous": "true"}
+    given |= {"val_sequence_lengths": "[512, 1024]"}
+    parsed = parser.parse_args([f"--data.{name}={value}" for name, value in given.items()])
     assert parsed.data.paths == ["a", "b/**/*.md"]
     assert parsed.data.suffixes == [".md"]
     assert parsed.data.contiguous is True
+    assert parsed.data.val_sequence_lengths == [512, 1024]
 
 
 class Recorder(pl.LightningModule):
