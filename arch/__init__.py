@@ -5,6 +5,7 @@ Importing this package registers every model of the catalog: ``list_models()`` n
 
 import memzoo.arch.sambay_variants  # noqa: F401  (registers its models)
 from memzoo.arch.block import Block
+from memzoo.arch.bmojo import BMojoLM
 from memzoo.arch.card import Claim, Fidelity, ModelCard
 from memzoo.arch.causal_lm import CausalLM, CausalLMState
 from memzoo.arch.checkpoint import from_pretrained, save_pretrained
@@ -30,6 +31,7 @@ from memzoo.arch.titans_mal import TitansMAL
 from memzoo.arch.transformer import Transformer
 
 __all__ = [
+    "BMojoLM",
     "Block",
     "CausalLM",
     "CausalLMState",

@@ -11,10 +11,13 @@ from tests.contract.checks import CHECKS, Part, cases
 SMALL = {"depth": 2, "chunk_size": 4, "window": 5, "segment_size": 6, "memory": {"chunk_size": 4}}
 # Models whose layers depend on their depth, and their widths with it: deep enough for one of every kind, and narrow.
 NARROW = {"dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "hidden_dim": 24}
+BMOJO = {"ssm_options": {"num_heads": 2, "head_dim": 8, "state_dim": 6, "chunk_size": 4}}
 OWN: dict[str, dict[str, Any]] = {
     "sambay_tiny": NARROW | {"depth": 8, "ssm_options": {"state_dim": 3, "chunk_size": 4}},
     "samba_tiny": NARROW | {"depth": 4, "ssm_options": {"state_dim": 3, "chunk_size": 4}},
     "transformerpp_tiny": NARROW | {"depth": 4, "self_pattern": "local_global"},
+    "bmojo_tiny": NARROW | BMOJO | {"num_eidetic": 10},  # twice the window: no chunk takes more than half of the slots
+    "bmojo_f_tiny": NARROW | BMOJO | {"depth": 1},
 }
 # Options that change what a state holds or how a call is computed; each set is tested like a model of its own.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -23,6 +26,18 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "checkpointed": {"checkpoint_blocks": True},
     },
     "titans_lmm_tiny": {"recomputed": {"checkpoint_chunks": 2}},
+    "bmojo_tiny": {
+        "gated_deltanet": {
+            "ssm": "gated_deltanet",
+            "ssm_options": {"num_heads": 2, "head_dim": 4, "chunk_size": 4},
+            "fading_stride": 2,
+            "tie_projections": False,
+            "eidetic_positions": "clamp",
+            "segment_bias": True,
+            "tie_embeddings": False,
+            "checkpoint_blocks": True,
+        },
+    },
     "sambay_tiny": {
         "differential": {"differential": True, "gmu_source": "attention", "attention_bias": True},
         "mlp_memory": {"cross": "gmu", "gmu_source": "mlp", "norm": "layernorm", "tie_embeddings": False},
@@ -60,11 +75,11 @@ def model_part(name: str, label: str = "", **options: Any) -> Part:
 
 PARTS = [model_part(name) for name in list_models("*_tiny")]
 PARTS += [model_part(name, label, **options) for name, sets in VARIANTS.items() for label, options in sets.items()]
-# Compiling eight blocks takes long: once for their wiring; their layers are compiled one by one (test_layers.py).
+# Compiling such blocks takes long: once for their wiring; their layers are compiled one by one (test_layers.py).
 CASES = [
     (part, name)
     for part, name in cases(PARTS)
-    if not (part.name.startswith("sambay_tiny+") and name == "it_compiles_as_one_graph")
+    if not (part.name.startswith(("sambay_tiny+", "bmojo_tiny+")) and name == "it_compiles_as_one_graph")
 ]
 
 

@@ -1,5 +1,9 @@
 """Recipes: all of them parse, the tiny ones run, and what they claim to have measured was measured."""
 
+import json
+import shlex
+from itertools import pairwise
+
 import pytest
 import torch
 import yaml
@@ -25,11 +29,14 @@ def data_of(name: str) -> str:
 TEXT = [name for name in TINY if data_of(name) == "TextData"]
 RECALL = [name for name in TINY if data_of(name) == "RecallData"]
 PHONE_BOOK = [name for name in TINY if data_of(name) == "PhoneBookData"]
+SHARDED = [name for name in RECIPES if "strategy" in read(name)["trainer"]]
+LONG = [name for name in TEXT if "val_sequence_lengths" in read(name)["data"]["init_args"]]
 
 
 def test_every_recipe_of_the_package_is_found():
     titans = [f"titans/{kind}_{size}" for kind in ("lmm", "mac", "mag", "mal") for size in ("340m", "tiny")]
-    others = ["mamba/mamba2_tiny", "mamba/mamba_tiny", "mom/340m", "mom/mqar_tiny", "mom/tiny"]
+    others = [f"bmojo/{name}" for name in ("1b4", "370m", "long_tiny", "mqar_tiny", "tiny")]
+    others += ["mamba/mamba2_tiny", "mamba/mamba_tiny", "mom/340m", "mom/mqar_tiny", "mom/tiny"]
     others += [f"sambay/{name}" for name in ("d16", "d8", "phone_book_tiny", "tiny")]
     assert [*others, *titans, "transformer/tiny"] == RECIPES
 
@@ -62,6 +69,8 @@ def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
     small = ["--data.batch_size", "2"]
     if name in TEXT:
         small += ["--data.paths", "text.txt", "--data.cache_dir", "cache", "--data.sequence_length", "32"]
+    if name in LONG:
+        small += ["--data.val_sequence_lengths", "[64]"]
     assert main(["fit", "--config", f"{name}.yaml", "--trainer.fast_dev_run", "true", *small]) == 0
     assert not (tmp_path / "runs").exists()
 
@@ -92,13 +101,35 @@ def test_a_recipe_of_a_task_has_as_many_tokens_as_it_and_ends_on_a_validation(na
 
 
 def test_the_tiny_recipes_of_text_see_the_same_tokens_in_the_same_order():
-    one, *others = (read(name) for name in TEXT)
-    for other in others:
+    recipes = {name: read(name) for name in TEXT}
+    for name in LONG:
+        assert recipes[name]["data"]["init_args"].pop("val_sequence_lengths")
+    one = recipes["transformer/tiny"]
+    for other in recipes.values():
         assert one["data"] == other["data"]
         assert one["seed_everything"] == other["seed_everything"]
-        for key in ("max_steps", "max_epochs", "limit_val_batches", "gradient_clip_val", "val_check_interval"):
+        for key in ("max_steps", "max_epochs", "limit_val_batches", "gradient_clip_val"):
             assert one["trainer"][key] == other["trainer"][key]
-    assert one["trainer"]["max_steps"] % one["trainer"]["val_check_interval"] == 0, "the last state is validated"
+        assert other["trainer"]["max_steps"] % other["trainer"]["val_check_interval"] == 0, (
+            "the last state is validated"
+        )
+    intervals = {recipes[name]["trainer"]["val_check_interval"] for name in TEXT if name not in LONG}
+    assert len(intervals) == 1, "they are timed alike"
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_recipe_of_longer_rows_logs_every_length_beside_the_trained_one(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 100)
+    small = ["--data.paths=text.txt", "--data.cache_dir=cache", "--data.batch_size=2", "--data.sequence_length=32"]
+    small += ["--data.val_sequence_lengths=[64, 96]", "--trainer.limit_val_batches=1"]
+    small += [f"--trainer.{name}=1" for name in ("max_steps", "val_check_interval", "log_every_n_steps")]
+    assert main(["fit", "--config", f"{name}.yaml", *small]) == 0
+    [log] = (tmp_path / "runs").rglob("metrics.csv")
+    measured = log.read_text().splitlines()[0].split(",")
+    assert {f"val/{length}bits_per_byte" for length in ("", "32/", "64/", "96/")} <= {*measured}
+    summary = json.loads(next((tmp_path / "runs").rglob("summary.json")).read_text())
+    assert summary["tokens"] == 2 * 32
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -122,13 +153,69 @@ def test_a_recorded_outcome_is_of_the_recipe_as_it_is(name):
     assert outcome["seconds"] < 180, "what the recipe's header promises"
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("340m")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith(("340m", "370m", "1b4"))])
 def test_a_paper_recipe_trains_on_batches_of_half_a_million_tokens(name):
     recipe = read(name)
     trainer, data = recipe["trainer"], recipe["data"]["init_args"]
     batch = data["batch_size"] * data["sequence_length"] * trainer["devices"] * trainer["accumulate_grad_batches"]
     assert batch == 2**19
-    assert batch * trainer["max_steps"] == pytest.approx(15e9, rel=1e-3)
+    assert batch * trainer["max_steps"] == pytest.approx(30e9 if name.endswith("1b4") else 15e9, rel=1e-3)
+
+
+def suggested(name: str) -> list[dict[str, str]]:
+    """The options of every command of a header, without comments; a command goes on in lines indented further."""
+    lines = [line.partition("  # ")[0] for line in recipe_path(name).read_text().splitlines()]
+    commands: list[str] = []
+    for line in (line for line in lines if line.startswith("#   ")):
+        if line.startswith("#       "):
+            commands[-1] += line.removeprefix("#")
+        else:
+            commands.append(line.removeprefix("#"))
+    words = [shlex.split(command) for command in commands]
+    return [{a: b for a, b in pairwise(line) if a.startswith("--")} for line in words]
+
+
+def changed(name: str, options: dict[str, str]) -> tuple[dict, dict]:
+    """The trainer and the data of a recipe after options of its header."""
+    recipe = read(name)
+    parts = {"trainer": recipe["trainer"], "data": recipe["data"]["init_args"], "trainer.strategy": {}}
+    if name in SHARDED:
+        parts["trainer.strategy"] = recipe["trainer"]["strategy"]["init_args"]
+    for option, value in options.items():
+        part, _, key = option.removeprefix("--").rpartition(".")
+        if part in parts:
+            parts[part][key] = yaml.safe_load(value)
+    return parts["trainer"], parts["data"]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_header_that_changes_the_gpus_changes_the_shards_and_keeps_the_batch(name):
+    def layout(options: dict[str, str]) -> tuple[int, float]:
+        trainer, data = changed(name, options)
+        gpus, steps = trainer["devices"] * trainer["num_nodes"], trainer["accumulate_grad_batches"]
+        assert trainer["strategy"]["init_args"]["data_parallel_size"] == gpus
+        rows = gpus * steps * data["batch_size"]
+        return rows * data["sequence_length"], trainer["val_check_interval"] / steps
+
+    lines = [line for line in suggested(name) if {"--trainer.devices", "--trainer.num_nodes"} & line.keys()]
+    assert lines
+    assert {layout(line) for line in [{}, *lines]} == {layout({})}
+
+
+def with_lengths() -> list[tuple[str, dict[str, str]]]:
+    """Every recipe that validates on longer rows, as it is and as its header changes it."""
+    given = [(name, options) for name in RECIPES for options in [{}, *suggested(name)]]
+    return [pair for pair in given if changed(*pair)[1].get("val_sequence_lengths")]
+
+
+@pytest.mark.parametrize(("name", "options"), with_lengths(), ids=str)
+def test_every_length_that_a_recipe_validates_on_reads_the_same_text(name, options):
+    trainer, data = changed(name, options)
+    assert "limit_val_batches" in trainer
+    batch = data["batch_size"] * data["sequence_length"]
+    assert [length for length in data["val_sequence_lengths"] if batch % length] == []
+    if "devices" in trainer:
+        assert batch * trainer["devices"] * trainer["accumulate_grad_batches"] == 2**19
 
 
 def sambay(depth: int, **options: int) -> CausalLM:
@@ -159,21 +246,14 @@ def test_a_recipe_of_sambay_trains_as_the_paper_s_arithmetic_has_it(depth):
 
 @pytest.mark.parametrize("depth", [8, 16])
 def test_a_recipe_of_sambay_and_the_changes_its_header_suggests_end_on_a_validation(depth):
-    text, trainer = recipe_path(f"sambay/d{depth}").read_text(), read(f"sambay/d{depth}")["trainer"]
-    assert trainer["max_steps"] * trainer["accumulate_grad_batches"] % trainer["val_check_interval"] == 0
-    for line in (line for line in text.splitlines() if line.startswith("#   ... --trainer")):
-        words = line.partition("...")[2].partition("  #")[0].split()
-        changed = trainer | {
-            name.removeprefix("--trainer."): int(value)
-            for name, value in zip(words[::2], words[1::2], strict=True)
-            if name.startswith("--trainer.")
-        }
-        batches = changed["max_steps"] * changed["accumulate_grad_batches"]
-        assert batches >= changed["val_check_interval"]
-        assert batches % changed["val_check_interval"] == 0
-        assert changed["devices"] * changed["accumulate_grad_batches"] == (
-            trainer["devices"] * trainer["accumulate_grad_batches"]
-        )
+    plain, _ = changed(f"sambay/d{depth}", {})
+    for options in [{}, *suggested(f"sambay/d{depth}")]:
+        trainer, _ = changed(f"sambay/d{depth}", options)
+        batches = trainer["max_steps"] * trainer["accumulate_grad_batches"]
+        assert batches >= trainer["val_check_interval"]
+        assert batches % trainer["val_check_interval"] == 0
+        shares = [each["devices"] * each["accumulate_grad_batches"] for each in (plain, trainer)]
+        assert shares[0] == shares[1]
 
 
 def test_a_header_that_changes_sambay_s_width_changes_the_base_s_with_it():
