@@ -1,6 +1,6 @@
 """Train small models on tasks of recall: the plain loop that claim sets share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,17 +40,25 @@ def train(model: nn.Module, tasks: Sequence[Task], *, steps: int, tokens: int, l
     Args:
         model: With the interface of ``CausalLM``.
         tasks: From easy to hard. Without the easy ones, small models do not find out what is asked.
-        steps: Optimiser steps: AdamW, 50 of warm-up, then a cosine.
+        steps: Optimiser steps, as in ``fit``.
         tokens: Of a batch, about.
         learning_rate: At its peak.
         seed: Of the rows.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=learning_rate, betas=(0.9, 0.95))
-    scheduler = make_scheduler(optimizer, "cosine", warmup_steps=WARMUP_STEPS, max_steps=steps)
-    for step in range(steps):
+
+    def batch(step: int) -> NextTokens:
         in_use = min(len(tasks), 1 + int(len(tasks) * step / (CURRICULUM * steps)))
         task = tasks[step % in_use]
-        batch = NextTokens.of(task.rows(max(1, tokens // task.sequence_length), (seed, TRAIN, step)))
+        return NextTokens.of(task.rows(max(1, tokens // task.sequence_length), (seed, TRAIN, step)))
+
+    fit(model, map(batch, range(steps)), steps=steps, learning_rate=learning_rate)
+
+
+def fit(model: nn.Module, batches: Iterable[NextTokens], *, steps: int, learning_rate: float) -> None:
+    """Train on batches, a step each: AdamW, 50 steps of warm-up, then a cosine; the layers' own losses are added."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=learning_rate, betas=(0.9, 0.95))
+    scheduler = make_scheduler(optimizer, "cosine", warmup_steps=WARMUP_STEPS, max_steps=steps)
+    for batch in batches:
         trace = Trace(signals=False)
         logits, _ = model(batch.inputs, trace=trace)
         loss = F.cross_entropy(logits[batch.counted], batch.targets[batch.counted]) + sum(trace.losses.values())
