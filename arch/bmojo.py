@@ -6,15 +6,14 @@ from typing import Any, cast
 from memzoo.arch.block import Block
 from memzoo.arch.card import Claim, Fidelity, ModelCard
 from memzoo.arch.causal_lm import CausalLM, CausalLMState
+from memzoo.arch.hybrid import hybrid_mixers
 from memzoo.arch.registry import record_config, register_model
-from memzoo.layers.attention import Attention
 from memzoo.layers.bmojo import BMojo
 from memzoo.layers.bmojo_parts import SSMS
 from memzoo.layers.bmojo_selection import PREDICTORS
 from memzoo.layers.bmojo_state import BMojoState
-from memzoo.layers.errors import check_choice, check_positive
+from memzoo.layers.errors import check_choice
 from memzoo.layers.feedforward import SwiGLU
-from memzoo.layers.mixer import SequenceMixer
 from memzoo.layers.stores import MemoryStore
 
 ATTENTION_OPTIONS = ("num_heads", "head_dim", "num_kv_heads", "rotary_base", "qk_norm", "bias")  # as in B'MOJO
@@ -225,23 +224,18 @@ class BMojoLM(CausalLM):
             "ssm_output": ssm_output,
         }
 
-        shared = {name: options[name] for name in ATTENTION_OPTIONS}
-
-        def mixer(index: int) -> SequenceMixer:
-            return Attention(dim, **shared | dict(attention or {})) if index in hybrid else BMojo(dim, **options)
-
-        check_positive("depth", depth)
-        hybrid = set(attention_layers or ())
-        if not hybrid <= set(range(depth)):
-            raise ValueError(
-                f"attention_layers={attention_layers} are not all blocks; use numbers from 0 to {depth - 1}"
-            )
-        if attention is not None and not hybrid:
-            raise ValueError(f"attention={attention} is used by no block; name its blocks in attention_layers")
+        mixers = hybrid_mixers(
+            depth,
+            dim,
+            lambda: BMojo(dim, **options),
+            attention_layers=attention_layers,
+            attention=attention,
+            defaults={name: options[name] for name in ATTENTION_OPTIONS},
+        )
         super().__init__(
             vocab_size,
             dim,
-            [Block(mixer(index), SwiGLU(dim, hidden_dim=hidden_dim)) for index in range(depth)],
+            [Block(mixer, SwiGLU(dim, hidden_dim=hidden_dim)) for mixer in mixers],
             tie_embeddings=tie_embeddings,
             checkpoint_blocks=checkpoint_blocks,
         )

@@ -9,12 +9,10 @@ from torch import Tensor
 from memzoo.arch.block import Block
 from memzoo.arch.card import Claim, Fidelity, ModelCard
 from memzoo.arch.causal_lm import CausalLM
+from memzoo.arch.hybrid import hybrid_mixers
 from memzoo.arch.registry import record_config, register_model
-from memzoo.layers.attention import Attention
-from memzoo.layers.errors import check_positive
 from memzoo.layers.feedforward import SwiGLU
 from memzoo.layers.fla_checkpoint import mixture_from_fla
-from memzoo.layers.mixer import SequenceMixer
 from memzoo.layers.mixture_of_memories import MixtureOfMemories
 
 CARD = ModelCard(
@@ -140,9 +138,7 @@ class MoM(CausalLM):
         checkpoint_blocks: bool = False,
         backend: str = "auto",
     ) -> None:
-        def mixer(index: int) -> SequenceMixer:
-            if index in hybrid:
-                return Attention(dim, **attention or {})
+        def memories() -> MixtureOfMemories:
             return MixtureOfMemories(
                 dim,
                 num_memories=num_memories,
@@ -166,18 +162,11 @@ class MoM(CausalLM):
                 backend=backend,
             )
 
-        check_positive("depth", depth)
-        hybrid = set(attention_layers or ())
-        if not hybrid <= set(range(depth)):
-            raise ValueError(
-                f"attention_layers={attention_layers} are not all blocks; use numbers from 0 to {depth - 1}"
-            )
-        if attention is not None and not hybrid:
-            raise ValueError(f"attention={attention} is used by no block; name its blocks in attention_layers")
+        mixers = hybrid_mixers(depth, dim, memories, attention_layers=attention_layers, attention=attention)
         super().__init__(
             vocab_size,
             dim,
-            [Block(mixer(index), SwiGLU(dim, hidden_dim=hidden_dim)) for index in range(depth)],
+            [Block(mixer, SwiGLU(dim, hidden_dim=hidden_dim)) for mixer in mixers],
             tie_embeddings=tie_embeddings,
             checkpoint_blocks=checkpoint_blocks,
         )

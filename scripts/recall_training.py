@@ -1,6 +1,7 @@
 """Train small models on tasks of recall: the plain loop that claim sets share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,23 @@ def fit(model: nn.Module, batches: Iterable[NextTokens], *, steps: int, learning
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
+
+
+def recalled(model: nn.Module, settings: Mapping[str, Any], *, answers: int, seed: int) -> dict[str, float]:
+    """Widen and train a model on recall as the settings of a run say, and return its accuracy in every test.
+
+    Args:
+        model: With the interface of ``CausalLM``.
+        settings: ``train``, a list of the arguments of ``RecallTask``; ``test``, the same by name; ``steps``,
+            ``tokens`` and ``learning_rate``, as in ``train``.
+        answers: Of each test, about.
+        seed: Of the rows.
+    """
+    widen(model)
+    options = {name: settings[name] for name in ("steps", "tokens", "learning_rate")}
+    train(model, [RecallTask(**task) for task in settings["train"]], **options, seed=seed)
+    tests = {name: RecallTask(**task) for name, task in settings["test"].items()}
+    return {name: accuracy(model, task, answers=answers, seed=seed) for name, task in tests.items()}
 
 
 def accuracy(model: nn.Module, task: Task, *, answers: int, seed: int) -> float:

@@ -7,7 +7,7 @@ from math import log
 from typing import Any, cast
 
 import torch
-from recall_training import accuracy, fit, train, widen
+from recall_training import fit, recalled
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,17 +26,7 @@ def measure(settings: Settings, seed: int) -> Metrics:
     model = build(settings)
     if "lengths" in settings:
         return read(model, settings, seed)
-    widen(model)
-    train(
-        model,
-        [RecallTask(**task) for task in settings["train"]],
-        steps=settings["steps"],
-        tokens=settings["tokens"],
-        learning_rate=settings["learning_rate"],
-        seed=seed,
-    )
-    tests = {name: RecallTask(**task) for name, task in settings["test"].items()}
-    return {name: accuracy(model, task, answers=TEST_ANSWERS, seed=seed) for name, task in tests.items()}
+    return recalled(model, settings, answers=TEST_ANSWERS, seed=seed)
 
 
 def build(settings: Settings) -> CausalLM:

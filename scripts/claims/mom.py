@@ -5,7 +5,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from recall_training import TEST, accuracy, train, widen
+from recall_training import TEST, recalled
 
 from claims import Check, Claim, ClaimSet, Metrics, Settings, beats
 from memzoo.arch import CausalLM, GatedDeltaNetLM, MoM
@@ -24,19 +24,9 @@ def measure(settings: Settings, seed: int) -> Metrics:
     """Train a model and test it."""
     torch.manual_seed(seed)
     model = build(settings)
-    widen(model)
-    train(
-        model,
-        [RecallTask(**task) for task in settings["train"]],
-        steps=settings["steps"],
-        tokens=settings["tokens"],
-        learning_rate=settings["learning_rate"],
-        seed=seed,
-    )
-    tests = {name: RecallTask(**task) for name, task in settings["test"].items()}
-    metrics = {name: accuracy(model, task, answers=TEST_ANSWERS, seed=seed) for name, task in tests.items()}
+    metrics = recalled(model, settings, answers=TEST_ANSWERS, seed=seed)
     if settings["options"].get("num_memories", 1) > 1:
-        metrics["load entropy"] = load_entropy(model, tests[HARDEST], seed)
+        metrics["load entropy"] = load_entropy(model, RecallTask(**settings["test"][HARDEST]), seed)
     return metrics
 
 

@@ -7,7 +7,7 @@ from statistics import correlation, median
 from typing import Any
 
 import torch
-from recall_training import accuracy, train, widen
+from recall_training import recalled
 from torch import nn
 
 from claims import Check, Claim, ClaimSet, Metrics, Results, Settings, at_least, at_most, beats
@@ -24,18 +24,7 @@ def measure(settings: Settings, seed: int) -> Metrics:
     if "lengths" in settings:
         return speed(settings)
     model = build(settings)
-    widen(model)
-    tasks = [RecallTask(**task) for task in settings["train"]]
-    train(
-        model,
-        tasks,
-        steps=settings["steps"],
-        tokens=settings["tokens"],
-        learning_rate=settings["learning_rate"],
-        seed=seed,
-    )
-    tests = {name: RecallTask(**task) for name, task in settings["test"].items()}
-    return {name: accuracy(model, task, answers=TEST_ANSWERS, seed=seed) for name, task in tests.items()}
+    return recalled(model, settings, answers=TEST_ANSWERS, seed=seed)
 
 
 def build(settings: Settings) -> nn.Module:
