@@ -78,7 +78,7 @@ class Retrieval:
             in_sight.append((kept, (keys, values)))
         last = call.after // self.chunk - chunks.first
         fields = {
-            "eidetic_sequence": names(self.store, sequences).to(sums.device),
+            "eidetic_sequence": names(self.store, sequences, sums.device),
             "eidetic_queries": sums[torch.arange(len(sums), device=sums.device), last],
         }
         pairs = torch.stack([keys for _, (keys, _) in in_sight], 1), torch.stack([v for _, (_, v) in in_sight], 1)
@@ -129,9 +129,10 @@ class Retrieval:
         return Entries(*entries)
 
 
-def names(store: MemoryStore, sequences: list[int]) -> Tensor:
-    """Return what a state calls sequences of a store: no other store's have such names; (batch,), 0 for none."""
-    return torch.tensor([store.identity << 32 | sequence if sequence else 0 for sequence in sequences])
+def names(store: MemoryStore, sequences: list[int], device: torch.device) -> Tensor:
+    """Return what a state calls sequences of a store, (batch,) and 0 for none: another store's are called otherwise."""
+    called = [store.identity << 32 | sequence if sequence else 0 for sequence in sequences]
+    return torch.tensor(called, dtype=torch.long, device=device)
 
 
 def numbers(store: MemoryStore, named: Tensor) -> list[int]:

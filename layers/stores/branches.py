@@ -101,7 +101,9 @@ class BranchingStore(Store):
         self._check_open()
         branch = self._branch(sequence)
         version = self._check_query(query, count, before, version)
-        return self._find(branch.spans(before), query.detach(), count, version).like(query)
+        found = self._find(branch.spans(before), query.detach(), count, version)
+        self._branch(sequence)  # it may have been dropped meanwhile, and only a part of it found
+        return found.like(query)
 
     def flush(self) -> None:
         """See ``MemoryStore``."""
@@ -114,6 +116,8 @@ class BranchingStore(Store):
             self._check_open()
             self._writer.check()
             dropped = [self._branch(sequence) for sequence in dict.fromkeys(sequences)]
+            if not dropped:
+                return
             for branch in dropped:
                 del self._branches[branch.number]
                 self._shared[branch.number] = branch.end
@@ -133,7 +137,7 @@ class BranchingStore(Store):
     def close(self) -> None:
         """See ``MemoryStore``."""
         with self._lock:
-            if self._closed:
+            if self._closed or self._is_forked:
                 return
             self._closed = True
             try:

@@ -29,7 +29,9 @@ SCHEMA = (
     "CREATE INDEX blocks_in_order ON blocks (sequence, first)",
 )
 PAGE_BYTES = 2**15
-MAPPED_BYTES = 2**40  # the most that SQLite maps
+MAPPED_BYTES = 2**31  # the most that SQLite maps
+LOG_BYTES = 2**26  # of the write-ahead log, from which on the writer waits for readers to let it begin again
+APPLICATION = 0x6D656D7A  # "memz": tells a store from other databases
 BLOCK_BYTES = 2**16  # of keys, at most: what is found is read by blocks
 PRODUCT_BYTES = 2**20  # of keys that are multiplied at once, about
 
@@ -44,17 +46,37 @@ def connect(file: Path, *, read_only: bool) -> "Connection":
     return connection
 
 
-def prepare(connection: "Connection", identity: int) -> None:
-    """Make the tables where there are none, for a store of that identity; have commits survive a loss of power."""
+def prepare(connection: "Connection", file: Path, identity: int) -> None:
+    """Make the tables where there are none, for a store of that identity; have commits survive a loss of power.
+
+    Raises:
+        ValueError: The file is something else.
+    """
+    from sqlite3 import DatabaseError
+
+    try:
+        [tables] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except DatabaseError as error:
+        raise ValueError(f"{str(file)!r} is not a store ({error}); use another path") from error
+    if tables and connection.execute("PRAGMA application_id").fetchone() != (APPLICATION,):
+        raise ValueError(f"{str(file)!r} is another program's database; use another path")
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     with connection:
         connection.execute("BEGIN IMMEDIATE")
         if connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+            connection.execute(f"PRAGMA application_id = {APPLICATION}")
             for statement in SCHEMA:
                 connection.execute(statement)
             note(connection, format=FORMAT, identity=identity, version=0, last=0, layout=None)
+
+
+def fold_log(connection: "Connection", file: Path) -> None:
+    """Have the log begin again where it has grown long: readers that overlap would keep it growing."""
+    log = file.with_name(file.name + "-wal")
+    if log.exists() and log.stat().st_size > LOG_BYTES:
+        connection.execute("PRAGMA wal_checkpoint(RESTART)")
 
 
 def note(connection: "Connection", **facts: Any) -> None:
@@ -67,9 +89,14 @@ def noted(connection: "Connection") -> dict[str, Any]:
     """Return the facts about the store.
 
     Raises:
-        ValueError: It was written in another format.
+        ValueError: It was written in another format, or is not there.
     """
-    facts = {name: json.loads(fact) for name, fact in connection.execute("SELECT name, fact FROM facts")}
+    from sqlite3 import DatabaseError
+
+    try:
+        facts = {name: json.loads(fact) for name, fact in connection.execute("SELECT name, fact FROM facts")}
+    except DatabaseError as error:
+        raise ValueError(f"there is no store to read here ({error}); open it for writing first") from error
     if facts["format"] != FORMAT:
         raise ValueError(f"the store has format={facts['format']}, this version of memzoo reads {FORMAT}; use another")
     return facts

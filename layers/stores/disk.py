@@ -40,17 +40,17 @@ class DiskStore(BranchingStore):
 
     def __init__(self, path: str | os.PathLike[str], *, synchronous: bool = False, read_only: bool = False) -> None:
         super().__init__(synchronous=synchronous)
-        self.path, self.read_only = Path(path), read_only
+        self.path, self.read_only = Path(path).absolute(), read_only
         self._file = self.path / "entries.sqlite"
         self._idle: list[Connection] = []
         if read_only and not self._file.exists():
             raise ValueError(f"path={str(path)!r} holds no store to read; open it for writing first")
         with ExitStack() as opened:
             if not read_only:
-                self.path.mkdir(parents=True, exist_ok=True)
+                _make(self.path)
                 opened.callback(_claim(self.path))
                 self._writing = opened.enter_context(closing(database.connect(self._file, read_only=False)))
-                database.prepare(self._writing, self._identity)
+                database.prepare(self._writing, self._file, self._identity)
             opened.callback(self._disconnect)
             self._load()
             self._opened = opened.pop_all()
@@ -92,7 +92,7 @@ class DiskStore(BranchingStore):
 
     def _commit(self, items: list[Append | Drop]) -> None:
         version = self._version + 1
-        layout = cast(Layout, self._layout).as_json()
+        layout = None if self._layout is None else self._layout.as_json()
         with self._writing as connection:
             connection.execute("BEGIN IMMEDIATE")
             for item in items:
@@ -103,6 +103,7 @@ class DiskStore(BranchingStore):
                 database.write_entries(connection, item.number, version, item.entries)
             database.note(connection, version=version, last=self._last, layout=layout)
         self._version = version
+        database.fold_log(self._writing, self._file)
 
     def _find(self, spans: tuple[Span, ...], query: Tensor, count: int, version: int) -> Entries:
         with self._reading() as connection:
@@ -125,7 +126,7 @@ class DiskStore(BranchingStore):
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = database.connect(self._file, read_only=self.read_only)
+            connection = database.connect(self._file, read_only=True)
         try:
             with connection:
                 connection.execute("BEGIN")
@@ -141,6 +142,18 @@ class DiskStore(BranchingStore):
 
     def _release(self) -> None:
         self._opened.close()
+
+
+def _make(path: Path) -> None:
+    """Make a folder, or take one that is there.
+
+    Raises:
+        ValueError: A file is in its place.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"path={str(path)!r} is a file, or below one; name a folder") from error
 
 
 def _claim(path: Path) -> Callable[[], None]:

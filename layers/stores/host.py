@@ -41,6 +41,9 @@ class HostStore(BranchingStore):
                     del self._rows[number]
         self._version = version  # all of it is seen from here on
 
+    def _release(self) -> None:
+        self._rows = {}
+
     def _find(self, spans: tuple[Span, ...], query: Tensor, count: int, version: int) -> Entries:
         held = [(self._rows.get(number), end) for number, end in spans]
         parts = [(rows, rows.seen(end, version)) for rows, end in held if rows is not None]

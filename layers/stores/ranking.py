@@ -35,7 +35,9 @@ def largest_norm(keys: Tensor) -> float:
 
 def rounding(query: Tensor, largest: float, dtype: torch.dtype) -> float:
     """Bound the rounding of a query's inner products in a dtype with keys up to the norm ``largest``."""
-    return (query.numel() + 4) * torch.finfo(dtype).eps * float(query.double().norm()) * largest
+    most = float(query.double().norm()) * largest
+    limits = torch.finfo(dtype)
+    return (query.numel() + 4) * limits.eps * most if most < limits.max else torch.inf  # a product may overflow
 
 
 def search(parts: list[Entries], query: Tensor, count: int, largest: float) -> Entries:

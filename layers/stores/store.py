@@ -1,5 +1,6 @@
 """Stores of tokens outside of a layer's state: what they promise, and what they all do alike."""
 
+import os
 import secrets
 import threading
 from abc import ABC, abstractmethod
@@ -14,6 +15,8 @@ from torch import Tensor
 from memzoo.layers.errors import check_positive
 
 Held = TypeVar("Held")
+
+KEY_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class MemoryStore(Protocol):
 
     @property
     def identity(self) -> int:
-        """A number below 2**31 that tells it from other stores: what is open again is the same store."""
+        """A number below 2**31 that tells it from other stores. A store that is opened again, or copied, keeps it."""
         ...
 
     def append(self, sequence: int, start: int, entries: Entries) -> int:
@@ -184,6 +187,7 @@ class Store(ABC):
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._identity = 1 + secrets.randbelow(2**31 - 1)
         self._layout: Layout | None = None
         self._closed = False
@@ -216,7 +220,17 @@ class Store(ABC):
             f"(layer.store = None), or save layer.state_dict()"
         )
 
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is the copy of a store in a forked process: threads and databases do not survive that."""
+        return os.getpid() != self._process
+
     def _check_open(self) -> None:
+        if self._is_forked:
+            raise ValueError(
+                f"this {type(self).__name__} belongs to process {self._process}; open one in this process, of a folder "
+                f"with read_only=True"
+            )
         if self._closed:
             raise ValueError(f"this {type(self).__name__} is closed; open another one")
 
@@ -249,6 +263,8 @@ class Store(ABC):
         if before < 0:
             raise ValueError(f"before={before} is no position; use one >= 0")
         layout = self._layout
+        if not query.is_floating_point():
+            raise ValueError(f"query has dtype {query.dtype}; it must be floating point, as keys and values will be")
         if layout is not None and query.shape != (layout.kv_heads, layout.head_dim):
             raise ValueError(
                 f"query has shape {tuple(query.shape)}; the store holds keys of (kv_heads, head_dim) = "
@@ -279,9 +295,10 @@ def check_entries(start: int, entries: Entries) -> None:
         ValueError: They are not.
     """
     keys, values, positions, scores = entries.tensors
-    if keys.dim() != 3 or 0 in keys.shape[1:] or not keys.is_floating_point():
+    if keys.dim() != 3 or 0 in keys.shape[1:] or keys.dtype not in KEY_DTYPES:
         raise ValueError(
-            f"entries.keys are {tuple(keys.shape)} of {keys.dtype}; they must be (count, kv_heads, head_dim), floating"
+            f"entries.keys are {tuple(keys.shape)} of {keys.dtype}; they must be (count, kv_heads, head_dim), of "
+            f"float16, bfloat16, float32 or float64"
         )
     if values.shape != keys.shape or values.dtype != keys.dtype:
         raise ValueError(
@@ -297,9 +314,12 @@ def check_entries(start: int, entries: Entries) -> None:
             f"entries.scores are {tuple(scores.shape)} of {scores.dtype}; they must be ({len(keys)},), float32 or "
             f"float64"
         )
+    if bool(scores.isnan().any()):
+        raise ValueError("entries.scores hold NaN, which has no place in an order; look for it in what was scored")
     if start < 0:
         raise ValueError(f"start={start} is no position; use one >= 0")
     if len(positions) and (int(positions[0]) < start or not bool((positions[1:] > positions[:-1]).all())):
         raise ValueError(
-            f"entries.positions={positions.tolist()} must rise, from start={start} or behind it; sort the entries"
+            f"entries.positions must rise, from start={start} or behind it, but begin {positions[:8].tolist()}; sort "
+            f"the entries"
         )

@@ -94,6 +94,7 @@ class TopKStore(Store):
     def close(self) -> None:
         """See ``MemoryStore``."""
         self._closed = True
+        self._kept = {}
 
     def _check_history(self, name: str, value: int, least: int, sequence: int) -> None:
         if value < least:

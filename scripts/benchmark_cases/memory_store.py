@@ -18,7 +18,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ class Stream:
         sequence, start = (self.sequences[-1], self.start) if self.start < self.length else (0, 0)
         number = len(self.seconds)
         entries = Entries(
-            self.chunks[number % 61],
+            self.chunks[number % 61] * (1 + 1e-6 * number),  # so that no key comes twice
             self.chunks[number % 59],
             torch.arange(start, start + self.chunk),
             torch.zeros(self.chunk),
@@ -101,7 +103,10 @@ def query(store: DiskStore, sequences: list[int], length: int, options: argparse
     """Query one sequence after another, and say how long it takes."""
     generator = torch.Generator().manual_seed(1)
     seconds = []
-    for number in range(options.queries + 2):
+    end = time.perf_counter() + options.seconds
+    for number in count():
+        if number >= options.queries + 2 and time.perf_counter() > end:
+            break
         question = torch.randn(options.kv_heads, options.head_dim, generator=generator)
         sequence = sequences[number * 7919 % len(sequences)]
         begin = time.perf_counter()
@@ -113,20 +118,20 @@ def query(store: DiskStore, sequences: list[int], length: int, options: argparse
 
 @contextmanager
 def in_background(work: Callable[[], None]) -> Iterator[None]:
-    """Do work again and again in a thread."""
+    """Do work again and again in a thread, and raise what it raises."""
     ended = threading.Event()
 
     def repeat() -> None:
         while not ended.is_set():
             work()
 
-    thread = threading.Thread(target=repeat)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(repeat)
+        try:
+            yield
+        finally:
+            ended.set()
+        future.result()
 
 
 def write_until(path: str, options: argparse.Namespace, started: Any, ended: Any) -> None:
@@ -156,11 +161,15 @@ def other_process(work: Callable[..., None], path: Path, options: argparse.Names
     process = context.Process(target=work, args=(str(path), options, started, ended))
     process.start()
     try:
-        started.wait()
+        while not started.wait(1):
+            if not process.is_alive():
+                raise RuntimeError(f"the other process ended with {process.exitcode}")
         yield
     finally:
         ended.set()
         process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the other process ended with {process.exitcode}")
 
 
 def measure(options: argparse.Namespace) -> Row:
@@ -178,9 +187,11 @@ def measure(options: argparse.Namespace) -> Row:
                 row: Row = {"label": label, "write": write(stream, options.keys)}
                 row["mb_on_disk"] = round(sum(file.stat().st_size for file in path.iterdir()) / 1e6)
                 row["idle"] = query(store, stream.sequences, length, options)
-                other = Stream(store, options, options.short)
+                other, begin = Stream(store, options, options.short), time.perf_counter()
                 with in_background(lambda other=other: other.run(PENDING)):
                     row["writing"] = query(store, stream.sequences, length, options)
+                written = len(other.seconds) * options.chunk
+                row["written_meanwhile"] = round(written / (time.perf_counter() - begin))
                 row["append_while_reading"] = quantiles(other.seconds)
             for key, work in (("writing_elsewhere", write_until), ("computing_elsewhere", compute_until)):
                 with other_process(work, path, options), DiskStore(path, read_only=True) as store:
@@ -225,6 +236,7 @@ def cells(results: Row) -> tuple[list[str], list[list[str]]]:
         ["append while a thread queries, ms", *(latency(one["append_while_reading"]) for one in layouts)],
         ["query, writer idle, ms", *(latency(one["idle"]) for one in layouts)],
         ["query, a thread writes at full rate, ms", *(latency(one["writing"]) for one in layouts)],
+        ["keys that it writes meanwhile, a second", *(f"{one['written_meanwhile']:,}" for one in layouts)],
         ["query, another process does, ms", *(latency(one["writing_elsewhere"]) for one in layouts)],
         ["query, another process copies memory instead, ms", *(latency(one["computing_elsewhere"]) for one in layouts)],
         ["append and its commit, synchronous, ms", "", latency(results["commit"])],
@@ -238,7 +250,8 @@ def table(results: Row) -> list[str]:
     head, rows = cells(results)
     return [
         f"{settings['keys']:,} keys and values of {settings['kv_heads']} x {settings['head_dim']} float32, appends of "
-        f"{settings['chunk']}, {settings['count']} found of {settings['queries']} queries each; "
+        f"{settings['chunk']}, {settings['count']} found; at least {settings['queries']} queries and "
+        f"{settings['seconds']} s each; "
         f"{machine['processor']}, {machine['cpus']} cores, "
         f"torch {machine['torch']} with {machine['threads']} thread(s), "
         f"Python {machine['python']}, SQLite {machine['sqlite']}.",
@@ -257,6 +270,7 @@ SETTINGS = {
     "short": 1024,
     "count": 32,
     "queries": 300,
+    "seconds": 5,
 }
 
 

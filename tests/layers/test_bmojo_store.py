@@ -270,13 +270,15 @@ def test_turnover_is_what_came_with_the_call():
     assert_close(trace.signals["eidetic_turnover"], torch.tensor([1 / 6]).float())
 
 
-def test_what_is_forgotten_leaves_the_store():
-    layer, x = build(num_eidetic=4, store=HostStore()), tokens(time=TIME)
-    with torch.no_grad():
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_what_is_forgotten_leaves_the_store(kind, tmp_path):
+    layer, x = build(num_eidetic=4), tokens(time=TIME)
+    with torch.no_grad(), HostStore() if kind == "host" else DiskStore(tmp_path / "s", synchronous=True) as store:
+        layer.store = store
+        layer.forget(layer.initial_state(2))
         _, kept = layer(x)
         _, state = layer(x[:, :8])
         layer.forget(state)
-        layer.forget(layer.initial_state(2))
         assert_close(layer(x, kept)[0], layer(torch.cat([x, x], 1))[0][:, TIME:])
         with pytest.raises(ValueError, match=f"sequence={numbers(layer.store, state.eidetic_sequence)[0]} is not in"):
             layer(x, state)

@@ -213,3 +213,46 @@ def test_a_program_that_just_ends_leaves_all_that_it_appended(tmp_path):
     assert program(tmp_path, body).wait(60) == 0
     with DiskStore(tmp_path) as store:
         assert held(store) == 50
+
+
+def test_what_is_not_a_store_is_left_as_it_is(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match="is a file"):
+        DiskStore(tmp_path / "file")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "entries.sqlite").write_text("no database, but long enough to be taken for one" * 9)
+    with pytest.raises(ValueError, match="is not a store"):
+        DiskStore(tmp_path / "text")
+    (tmp_path / "other").mkdir()
+    other = sqlite3.connect(tmp_path / "other" / "entries.sqlite")
+    other.execute("CREATE TABLE t (x)")
+    other.commit()
+    with pytest.raises(ValueError, match="another program's database"):
+        DiskStore(tmp_path / "other")
+    assert other.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    with pytest.raises(ValueError, match="no store to read here"):
+        DiskStore(tmp_path / "other", read_only=True)
+    other.close()
+
+
+def test_a_store_stays_where_it_was_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with DiskStore("store", synchronous=True) as store:
+        sequence = store.append(0, 0, entries([0, 1]))
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        store._disconnect()
+        assert len(store.query(sequence, QUERY, 9, before=9)) == 2
+    assert not (tmp_path / "elsewhere" / "store").exists()
+
+
+def test_the_log_begins_again_when_it_is_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "LOG_BYTES", 2**16)
+    with DiskStore(tmp_path, synchronous=True) as store:
+        sequence, sizes = 0, []
+        for number in range(40):
+            with store._reading() as old:
+                old.execute("SELECT * FROM facts").fetchall()
+            sequence = store.append(sequence, number * 100, entries([*range(number * 100, number * 100 + 100)]))
+            sizes.append((tmp_path / "entries.sqlite-wal").stat().st_size)
+    assert max(sizes) < 2**20  # 40 appends are many times that
