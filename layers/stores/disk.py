@@ -1,8 +1,8 @@
 """Everything on disk, in a database of SQLite: it outlives the process, and may be larger than memory.
 
 Entries are only added, so a version is the number of a commit, and to read it is to read what commits up to it wrote.
-SQLite's write-ahead log does the rest: a commit is there as a whole or not at all, whatever ends the process, and
-readers neither wait for the writer nor hold it up.
+SQLite's write-ahead log does the rest: a commit is there as a whole or not at all, whatever ends the process. Readers
+never wait for the writer; the writer waits for them only when the log has grown long and is to begin again.
 """
 
 import os
