@@ -137,13 +137,14 @@ class EideticMemory:
         """
         pending = None if state is None else state.pending_scores
         chunks = Chunks.of(scores, pending, call.before, call.after, self.chunk)
+        before = self._held(state, chunks.scores)
         if retrieval is None:
-            kept, (keys, values) = self._keep(chunks, streams, past, state, call)
+            kept, (keys, values) = self._keep(chunks, before, streams, past, state, call)
             fields: Fields = {}
         else:
             # Host work, row by row: nothing that a graph could hold.
             run: Callable[..., tuple[Kept, Pair, Fields]] = torch.compiler.disable(retrieval.run)
-            kept, (keys, values), fields = run(chunks, streams, past, state, call)
+            kept, (keys, values), fields = run(chunks, before, streams, past, state, call)
         last = kept.map(lambda tensor: tensor[:, -1].clone())
         count = last.exists.sum(1)
         if trace is not None and trace.wants_signals:
@@ -160,12 +161,11 @@ class EideticMemory:
         return kept, (keys, values), fields
 
     def _keep(
-        self, chunks: Chunks, streams: Pair, past: int, state: BMojoState | None, call: Call
+        self, chunks: Chunks, kept: Kept, streams: Pair, past: int, state: BMojoState | None, call: Call
     ) -> tuple[Kept, Pair]:
         """Choose by the law, and gather what was chosen."""
-        old = None if state is None else self._held(state, chunks.scores)
         with torch.no_grad():
-            kept = Law(self.selection, self.size, self.threshold).run(chunks, old)
+            kept = Law(self.selection, self.size, self.threshold).run(chunks, kept)
         # What is not in an old slot came with one of the last chunks: in a step it is in the ring, which is in order.
         place = kept.positions % self.chunk
         if not call.is_step:
@@ -218,8 +218,10 @@ class EideticMemory:
             Segment(far, values, visible & ~near, "unrotated", bias),
         ]
 
-    def _held(self, state: BMojoState, scores: Tensor) -> Kept:
+    def _held(self, state: BMojoState | None, scores: Tensor) -> Kept:
         """What is in store before the call."""
+        if state is None:
+            return Kept.nothing(scores, self.size)
         slots = torch.arange(self.size, device=scores.device)
         exists = slots < cast(Tensor, state.eidetic_count)[:, None]
         held = cast(Tensor, state.eidetic_scores).to(scores.dtype)

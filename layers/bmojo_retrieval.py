@@ -39,12 +39,13 @@ class Retrieval:
 
     @torch.no_grad()
     def run(
-        self, chunks: Chunks, streams: Pair, past: int, state: BMojoState | None, call: Call
+        self, chunks: Chunks, kept: Kept, streams: Pair, past: int, state: BMojoState | None, call: Call
     ) -> tuple[Kept, Pair, Fields]:
         """Store every chunk that ends in this call, and fetch for the next one.
 
         Args:
             chunks: The tokens.
+            kept: What is in sight before them.
             streams: Keys and values, as in ``EideticMemory.choose``.
             past: As there.
             state: Before the call.
@@ -55,7 +56,7 @@ class Retrieval:
         """
         sums = self._sums(chunks, streams[0].shape[2], state, call)
         sequences = [0] * len(sums) if state is None else numbers(self.store, cast(Tensor, state.eidetic_sequence))
-        in_sight = [self._before(chunks, streams, state)]
+        in_sight = [(kept, self._held(streams, state))]
         ends, firsts, befores = chunks.ended.tolist(), chunks.first.tolist(), call.before.tolist()
         for number in range(chunks.ended.shape[1]):
             kept, (keys, values) = in_sight[-1]
@@ -105,18 +106,13 @@ class Retrieval:
         by_head: Tensor = sums.unflatten(-1, (kv_heads, -1))
         return by_head
 
-    def _before(self, chunks: Chunks, streams: Pair, state: BMojoState | None) -> tuple[Kept, Pair]:
-        """What is in sight when the call begins."""
-        keys, shape = streams[0], (len(streams[0]), self.size)
+    def _held(self, streams: Pair, state: BMojoState | None) -> Pair:
+        """Keys and values of what is in sight when the call begins."""
+        like = streams[0]
         if state is None:
-            nothing = torch.zeros(shape, dtype=torch.long, device=keys.device)
-            empty = keys.new_zeros(*shape, *keys.shape[2:])
-            return Kept(nothing - 1, nothing, chunks.scores.new_zeros(shape), nothing.bool()), (empty, empty)
-        slots = torch.arange(self.size, device=keys.device)
-        exists = slots < cast(Tensor, state.eidetic_count)[:, None]
-        positions, scores = cast(Tensor, state.eidetic_positions), cast(Tensor, state.eidetic_scores).to(chunks.scores)
-        held = cast(Tensor, state.eidetic_keys).to(keys.dtype), cast(Tensor, state.eidetic_values).to(keys.dtype)
-        return Kept(torch.where(exists, slots, -1), positions, scores, exists), held
+            empty = like.new_zeros(len(like), self.size, *like.shape[2:])
+            return empty, empty
+        return cast(Tensor, state.eidetic_keys).to(like.dtype), cast(Tensor, state.eidetic_values).to(like.dtype)
 
     def _admitted(self, keys: Tensor, values: Tensor, positions: Tensor, scores: Tensor) -> Entries:
         """Leave out what the threshold does."""

@@ -116,6 +116,12 @@ class Kept:
         return Kept(*(function(tensor) for tensor in (self.slots, self.positions, self.scores, self.exists)))
 
     @staticmethod
+    def nothing(scores: Tensor, size: int) -> "Kept":
+        """Return ``size`` empty slots for every row of scores (batch, ...)."""
+        zeros = torch.zeros(len(scores), size, dtype=torch.long, device=scores.device)
+        return Kept(zeros - 1, zeros, scores.new_zeros(zeros.shape), zeros.bool())
+
+    @staticmethod
     def stack(stores: "list[Kept]") -> "Kept":
         """Put stores side by side: (batch, k) each -> (batch, stores, k)."""
         fields: Any = (
@@ -187,18 +193,17 @@ class Law:
     size: int
     threshold: float | None = None
 
-    def run(self, chunks: Chunks, old: Kept | None) -> Kept:
+    def run(self, chunks: Chunks, kept: Kept) -> Kept:
         """Select, at the end of every chunk that ends in this call.
 
         Args:
             chunks: The tokens.
-            old: What is in store. None for fresh rows.
+            kept: What is in store before them.
 
         Shape:
             Returns what is in store while the tokens of a chunk are read, (batch, chunks + 1, size), the last entry
             being the store after the call.
         """
-        kept = self._empty(chunks.scores) if old is None else old
         stores = [kept]
         for number in range(chunks.ended.shape[1]):
             kept = self._update(
@@ -206,10 +211,6 @@ class Law:
             )
             stores.append(kept)
         return Kept.stack(stores)
-
-    def _empty(self, scores: Tensor) -> Kept:
-        nothing = torch.zeros(len(scores), self.size, dtype=torch.long, device=scores.device)
-        return Kept(nothing - 1, nothing, scores.new_zeros(nothing.shape), nothing.bool())
 
     def _update(self, kept: Kept, scores: Tensor, positions: Tensor, ended: Tensor) -> Kept:
         """Let the tokens of a chunk compete with those in store."""

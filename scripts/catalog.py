@@ -17,8 +17,8 @@ from types import FunctionType
 
 import torch
 import yaml
-from benchmark_cases.memory_store import STORED
-from benchmark_cases.memory_store import table as store_table
+from benchmark_store import STORED
+from benchmark_store import table as store_table
 from torch import nn
 
 from memzoo import layers as public
@@ -188,7 +188,7 @@ def reproduced(page: Path, name: str) -> list[str]:
 
 
 def memory_store(page: Path) -> list[str]:
-    """What `scripts/benchmark_cases/memory_store.py` measured."""
+    """What `scripts/benchmark_store.py` measured."""
     if not STORED.exists():
         return ["Not measured yet."]
     return store_table(json.loads(STORED.read_text(encoding="utf-8")))

@@ -1,8 +1,8 @@
 """Measure DiskStore: how fast it writes, how fast it finds, and whether its reader waits for its writer.
 
-    python scripts/benchmark_cases/memory_store.py                                  # a million keys, minutes, 2 GB
-    python scripts/benchmark_cases/memory_store.py --keys 20000 --out small.json    # does it run?
-    python scripts/benchmark_cases/memory_store.py --render                         # only print what is stored
+    python scripts/benchmark_store.py                                  # a million keys, minutes, 2 GB
+    python scripts/benchmark_store.py --keys 20000 --out small.json    # does it run?
+    python scripts/benchmark_store.py --render                         # only print what is stored
 
 Keys and values are random, float32, and lie once in one long sequence and once in many short ones. What was written
 is in the page cache when it is read: the numbers are those of memory, SQLite and the search, not of a disk.
@@ -31,7 +31,7 @@ from rich.table import Table
 
 from memzoo.layers.stores import DiskStore, Entries
 
-STORED = Path(__file__).resolve().parents[2] / "docs" / "results" / "memory_store.json"
+STORED = Path(__file__).resolve().parents[1] / "docs" / "results" / "memory_store.json"
 PENDING = 64  # appends between two flushes: what may wait in memory
 Row = dict[str, Any]
 
@@ -207,7 +207,7 @@ def measure(options: argparse.Namespace) -> Row:
 def facts(options: argparse.Namespace) -> Row:
     """Say what was measured, and with what."""
     return {
-        "command": "python scripts/benchmark_cases/memory_store.py",
+        "command": "python scripts/benchmark_store.py",
         "settings": {name: getattr(options, name) for name in SETTINGS},
         "machine": {
             "processor": platform.machine(),
