@@ -11,6 +11,8 @@ from memzoo.arch.causal_lm import CausalLM, CausalLMState
 from memzoo.arch.checkpoint import from_pretrained, save_pretrained
 from memzoo.arch.gated_deltanet import GatedDeltaNetLM
 from memzoo.arch.generation import generate
+from memzoo.arch.gpt import GPT
+from memzoo.arch.graph_memory_transformer import GraphMemoryTransformer
 from memzoo.arch.mamba import MambaLM
 from memzoo.arch.mom import MoM
 from memzoo.arch.registry import (
@@ -31,6 +33,7 @@ from memzoo.arch.titans_mal import TitansMAL
 from memzoo.arch.transformer import Transformer
 
 __all__ = [
+    "GPT",
     "BMojoLM",
     "Block",
     "CausalLM",
@@ -38,6 +41,7 @@ __all__ = [
     "Claim",
     "Fidelity",
     "GatedDeltaNetLM",
+    "GraphMemoryTransformer",
     "MambaLM",
     "MoM",
     "ModelCard",

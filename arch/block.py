@@ -19,7 +19,8 @@ class ResidualBlock(nn.Module):
 
     Args:
         mixer: Reads the normed stream, and maybe more; has a ``dim``.
-        ffn: Channel layer, ``y = ffn(x, trace=None)``; None leaves that half out.
+        ffn: Channel layer, ``y = ffn(x, trace=None)``; None leaves that half out. One that says ``takes_residual`` is
+            shown the stream that its output is added to: ``ffn(x, residual=stream, trace=None)``.
         norm: Builds a norm from a width.
         normed: Whether the mixer gets the stream normed.
     """
@@ -45,8 +46,17 @@ class ResidualBlock(nn.Module):
         """Run the second half: ``x + ffn(norm(x))``."""
         if self.ffn is None or self.ffn_norm is None:
             return x
-        y: Tensor = x + self.ffn(self.ffn_norm(x), trace=None if trace is None else trace.scope("ffn"))
-        return y
+        options = {"residual": x} if getattr(self.ffn, "takes_residual", False) else {}
+        y: Tensor = self.ffn(self.ffn_norm(x), trace=None if trace is None else trace.scope("ffn"), **options)
+        report_update("ffn_update", y, trace)
+        return x + y
+
+
+def report_update(name: str, y: Tensor, trace: Trace | None) -> None:
+    """Report how much half a block adds to the stream: the Euclidean norm of every token's ``y``, (batch, time)."""
+    if trace is not None and trace.wants_signals:
+        wide = torch.promote_types(y.dtype, torch.float32)
+        trace.signal(name, torch.linalg.vector_norm(y, dim=-1, dtype=wide))
 
 
 class Block(ResidualBlock):
@@ -94,4 +104,5 @@ class Block(ResidualBlock):
         mixed, *rest = self.mixer(
             self.mixer_norm(x), state, mask=mask, doc_ids=doc_ids, trace=mixer_trace, donate=donate, **wanted
         )
+        report_update("mixer_update", mixed, trace)
         return self.feed_forward(x + mixed, trace), *rest

@@ -6,7 +6,7 @@ from memzoo.layers.bmojo_state import BMojoState
 from memzoo.layers.cross_attention import CrossAttention, SharedKeys
 from memzoo.layers.deltanet import DeltaNet
 from memzoo.layers.differential_attention import DifferentialAttention
-from memzoo.layers.feedforward import SwiGLU
+from memzoo.layers.feedforward import FeedForward, SwiGLU
 from memzoo.layers.gated_deltanet import GatedDeltaNet
 from memzoo.layers.gated_linear_attention import GatedLinearAttention
 from memzoo.layers.gated_memory_unit import GatedMemoryUnit
@@ -44,6 +44,7 @@ __all__ = [
     "CrossAttention",
     "DeltaNet",
     "DifferentialAttention",
+    "FeedForward",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedMemoryUnit",

@@ -18,6 +18,7 @@ from memzoo.layers.ops.attention import (
     remember,
     shared_attention,
 )
+from memzoo.layers.ops.attention_checks import check_dropout
 from memzoo.layers.ops.backend import check_backend
 from memzoo.layers.packing import Ragged
 from memzoo.layers.registry import register_layer
@@ -44,6 +45,7 @@ class Attention(SequenceMixer):
             rotated: all of them stand at position 0.
         bias: Add learned biases to queries, keys, values and outputs.
         scale: Factor of the scores, ``head_dim ** -0.5`` by default.
+        dropout: Probability with which a weight of attention is dropped in training.
         backend: ``"auto"``, ``"torch"`` or ``"flash_attn"``, as in ``ops.attention``.
 
     Shape:
@@ -51,7 +53,7 @@ class Attention(SequenceMixer):
         reads side by side, before ``out``.
 
     Raises:
-        ValueError: Widths or numbers of heads do not divide, or the backend is missing.
+        ValueError: Widths or numbers of heads do not divide, ``dropout`` is no probability, or the backend is missing.
 
     Reference:
         Vaswani et al., arXiv 1706.03762; grouped queries: Ainslie et al., arXiv 2305.13245.
@@ -72,6 +74,7 @@ class Attention(SequenceMixer):
         num_prefix_tokens: int = 0,
         bias: bool = False,
         scale: float | None = None,
+        dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__(dim)
@@ -82,11 +85,12 @@ class Attention(SequenceMixer):
             check_number("scale", scale)
         if num_prefix_tokens:
             check_positive("num_prefix_tokens", num_prefix_tokens, "use 0 for none")
+        check_dropout("dropout", dropout)
         check_backend(backend, BACKENDS)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.value_shape = (num_kv_heads, head_dim)
         self.memory_dim = num_heads * head_dim
-        self.scale, self.backend = scale, backend
+        self.scale, self.dropout, self.backend = scale, dropout, backend
         self.query = nn.Linear(dim, num_heads * head_dim, bias=bias)
         self.key = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
@@ -225,7 +229,10 @@ class Attention(SequenceMixer):
             lengths = rows.lengths[rows.last]
             last = tokens[rows.last, (lengths - 1).clamp_min(0)][:, None]
         q = self._queries(last, self._positions(last, shared.first))
-        memory = self._join(shared_attention(q, shared.keys, shared.values, shared.first, scale=self.scale))
+        reads = shared_attention(
+            q, shared.keys, shared.values, shared.first, scale=self.scale, dropout=self._active_dropout
+        )
+        memory = self._join(reads)
         y = self.out(memory)
         if rows is None:
             return y, memory
@@ -272,10 +279,15 @@ class Attention(SequenceMixer):
             state=state,
             lengths=lengths,
             scale=self.scale,
+            dropout=self._active_dropout,
             donate=donate,
             backend=self.backend,
         )
         return self._join(y), end
+
+    @property
+    def _active_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
     @property
     def _rotary_base(self) -> float | None:
@@ -328,6 +340,7 @@ class SlidingWindowAttention(Attention):
         num_prefix_tokens: Learned tokens that every query sees.
         bias: Add learned biases.
         scale: Factor of the scores.
+        dropout: Of the weights of attention, in training.
         backend: ``"auto"``, ``"torch"`` or ``"flash_attn"``.
 
     Shape:
@@ -350,6 +363,7 @@ class SlidingWindowAttention(Attention):
         num_prefix_tokens: int = 0,
         bias: bool = False,
         scale: float | None = None,
+        dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -362,6 +376,7 @@ class SlidingWindowAttention(Attention):
             num_prefix_tokens=num_prefix_tokens,
             bias=bias,
             scale=scale,
+            dropout=dropout,
             backend=backend,
         )
         check_window(window)

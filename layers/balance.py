@@ -18,6 +18,7 @@ Tokens that do not exist are not passed.
 import torch
 from torch import Tensor
 
+from memzoo.layers.ops.precision import wider
 from memzoo.layers.trace import Trace
 
 BALANCES = ("layer", "pooled", "layer_sequence")
@@ -58,7 +59,7 @@ def report_balance(
 
 def router_load(probabilities: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return sums over tokens: how often each memory was chosen (M,), its probability (M,), and their number ()."""
-    mass = _wide(probabilities).sum(0)
+    mass = wider(probabilities).sum(0)
     choices = _count(indices.flatten(), len(mass))
     return choices.to(mass), mass, mass.new_full((), len(probabilities))
 
@@ -87,7 +88,7 @@ def layer_sequence_balance(probabilities: Tensor, indices: Tensor, row_of: Tenso
         probabilities: (tokens, M). indices: (tokens, k). row_of: (tokens,) in [0, num_rows). Returns a scalar.
     """
     num_memories = probabilities.shape[1]
-    chosen = _wide(probabilities).gather(1, indices)
+    chosen = wider(probabilities).gather(1, indices)
     weights = chosen / chosen.sum(1, keepdim=True)
     slots = (row_of[:, None] * num_memories + indices).flatten()
     mass = weights.new_zeros(num_rows * num_memories).index_add(0, slots, weights.flatten()).view(num_rows, -1)
@@ -107,10 +108,6 @@ def _mean_of_layers(losses: Tensor) -> Tensor:
 
 def _mean_of_sequences_and_layers(losses: Tensor) -> Tensor:
     return losses.mean()
-
-
-def _wide(probabilities: Tensor) -> Tensor:
-    return probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
 
 
 def _count(values: Tensor, size: int) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from memzoo.layers.errors import check_multiple
-from memzoo.layers.matrix_rule import wider
 from memzoo.layers.norm import RMSNorm
+from memzoo.layers.ops.precision import wider
 
 
 class DifferentialRead(nn.Module):

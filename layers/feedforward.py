@@ -1,6 +1,6 @@
-"""SwiGLU: the gated feed-forward of today's language models, the plain occupant of the channel slot."""
+"""The plain occupants of the channel slot: SwiGLU, gated as in today's language models, and GPT-2's feed-forward."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,3 +66,44 @@ class SwiGLU(nn.Module):
 @register_layer("swiglu", "channel")
 def _build(dim: int, **overrides: int) -> SwiGLU:
     return SwiGLU(dim, **dict(multiple_of=8) | overrides)
+
+
+class FeedForward(nn.Module):
+    """Two matrices with a GELU between them: ``y = W_down gelu(W_up x)``.
+
+    Args:
+        dim: Width of the residual stream.
+        hidden_dim: Width between the matrices; ``4 * dim`` by default.
+        bias: Add learned biases to both.
+
+    Shape:
+        x: (batch, time, dim). Returns the same.
+
+    Raises:
+        ValueError: A width is not a whole number >= 1, or ``x`` does not fit.
+
+    Reference:
+        Vaswani et al., arXiv 1706.03762, equation 2, with the GELU of GPT-2 (Hendrycks and Gimpel, arXiv 1606.08415) in
+        its exact form.
+    """
+
+    def __init__(self, dim: int, *, hidden_dim: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        check_positive("dim", dim)
+        hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
+        check_positive("hidden_dim", hidden_dim)
+        self.dim = dim
+        self.up = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor, *, trace: Trace | None = None) -> Tensor:
+        """Transform every token by itself; nothing is reported to ``trace``."""
+        check_width("x", x, self.dim)
+        check_dtype("x", x, self)
+        y: Tensor = self.down(F.gelu(self.up(x)))
+        return y
+
+
+@register_layer("feed_forward", "channel")
+def _build_feed_forward(dim: int, **overrides: Any) -> FeedForward:
+    return FeedForward(dim, **dict(hidden_dim=24) | overrides)

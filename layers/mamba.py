@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_number, check_positive
-from memzoo.layers.matrix_rule import wider
 from memzoo.layers.mixer import SequenceMixer, counters
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.backend import check_backend
+from memzoo.layers.ops.precision import wider
 from memzoo.layers.ops.selective_scan import BACKENDS, selective_scan
 from memzoo.layers.registry import register_layer
 from memzoo.layers.short_conv import ShortConv, ShortConvState

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from memzoo.layers.errors import check_divisible, check_number, check_positive
 from memzoo.layers.mamba import conv_backend, reset_conv
-from memzoo.layers.matrix_rule import wider
 from memzoo.layers.mixer import SequenceMixer, counters
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.backend import check_backend
+from memzoo.layers.ops.precision import wider
 from memzoo.layers.ops.state_space_dual import BACKENDS, state_space_dual
 from memzoo.layers.registry import register_layer
 from memzoo.layers.short_conv import ShortConv, ShortConvState

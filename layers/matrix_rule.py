@@ -18,6 +18,7 @@ from memzoo.layers.errors import check_divisible, check_positive
 from memzoo.layers.ops.backend import check_backend
 from memzoo.layers.ops.delta_rule import delta_rule
 from memzoo.layers.ops.linear_recurrence import linear_recurrence
+from memzoo.layers.ops.precision import wider
 
 BACKENDS = ("torch", "fla")
 
@@ -173,8 +174,3 @@ def unit(x: Tensor) -> Tensor:
     """Scale the last axis to unit length: ``x / sqrt(sum x^2 + 1e-6)``, in at least float32."""
     wide = wider(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def wider(x: Tensor) -> Tensor:
-    """Cast to at least float32. Autocast leaves what is no matrix product in it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice, check_positive
-from memzoo.layers.matrix_rule import MatrixRule, unit, wider
+from memzoo.layers.matrix_rule import MatrixRule, unit
+from memzoo.layers.ops.precision import wider
 from memzoo.layers.rotary import Rotary
 from memzoo.layers.step_size import inverse_softplus, random_steps
 

@@ -13,11 +13,10 @@ from memzoo.layers.errors import check_choice, check_positive
 from memzoo.layers.fla_checkpoint import mixture_from_fla
 from memzoo.layers.heads import resolve_heads
 from memzoo.layers.matrix_memory import positions
-from memzoo.layers.matrix_rule import wider
 from memzoo.layers.matrix_rules import MATRIX_RULES
 from memzoo.layers.mixer import SequenceMixer, counters
 from memzoo.layers.norm import RMSNorm
-from memzoo.layers.ops.precision import no_autocast
+from memzoo.layers.ops.precision import no_autocast, wider
 from memzoo.layers.registry import register_layer
 from memzoo.layers.routing import Buckets
 from memzoo.layers.short_conv import ShortConv, ShortConvState

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_divisible, check_number
+from memzoo.layers.ops.precision import wider
 
 
 class RMSNorm(nn.Module):
@@ -42,7 +43,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wider(x)
         weight = self.weight.to(wide.dtype)
         if self.groups > 1:
             parts = wide.unflatten(-1, (self.groups, -1))

@@ -26,8 +26,9 @@ class _Pool:
 class Trace:
     """Collects what layers report during one forward pass.
 
-    ``losses`` keeps the graph (add them to the objective); ``signals`` are detached. Names are prefixed with the
-    layer's path: ``blocks.3.mixer.surprise``. With ``trace=None`` layers compute nothing for it.
+    ``losses`` keeps the graph (add them to the objective); ``signals``, to look at, and ``statistics``, for the layer
+    itself after the optimiser's step, are detached. Names are prefixed with the layer's path:
+    ``blocks.3.mixer.surprise``. With ``trace=None`` layers compute nothing for it.
 
     Args:
         prefix: Put before every name.
@@ -49,6 +50,7 @@ class Trace:
         self.prefix = prefix
         self.wants_signals = signals
         self.signals: dict[str, Tensor] = {}
+        self.statistics: dict[str, Tensor] = {}
         self._losses: dict[str, Tensor] = {}
         self._pools: dict[str, _Pool] = {}
 
@@ -63,7 +65,8 @@ class Trace:
     def scope(self, name: str) -> Self:
         """Return a view that writes into the same dicts with ``name.`` put before every name."""
         child = type(self)(f"{self.prefix}{name}.", signals=self.wants_signals)
-        child.signals, child._losses, child._pools = self.signals, self._losses, self._pools
+        child.signals, child.statistics = self.signals, self.statistics
+        child._losses, child._pools = self._losses, self._pools
         return child
 
     def loss(self, name: str, value: Tensor) -> None:
@@ -103,6 +106,17 @@ class Trace:
         if self.wants_signals:
             _put(self.signals, self.prefix + name, value.detach())
 
+    def statistic(self, name: str, value: Tensor) -> None:
+        """Record what the layer wants back after the optimiser's step, detached: such as sums for a running mean.
+
+        It is the caller who hands it back: a forward pass changes no module, so that one which is computed again for
+        the backward pass counts once, and those of several micro-batches or devices can be added up.
+
+        Raises:
+            ValueError: The name was used before.
+        """
+        _put(self.statistics, self.prefix + name, value.detach())
+
     def merge(self, other: Self, transform: Callable[[Tensor], Tensor] = lambda signal: signal) -> None:
         """Hand on everything that ``other`` collected, as if it had been recorded here.
 
@@ -111,7 +125,7 @@ class Trace:
             transform: Applied to every signal on its way.
 
         Raises:
-            ValueError: As ``loss``, ``pool`` and ``signal``.
+            ValueError: As ``loss``, ``pool``, ``signal`` and ``statistic``.
         """
         for path, loss in other._losses.items():
             self.loss(path, loss)
@@ -120,6 +134,8 @@ class Trace:
                 self._pool(name, self.prefix + path, value, pool.combine)
         for path, signal in other.signals.items():
             self.signal(path, transform(signal))
+        for path, statistic in other.statistics.items():
+            self.statistic(path, statistic)
 
     def _pool(self, name: str, path: str, value: Parts, combine: Combine) -> None:
         pool = self._pools.setdefault(name, _Pool(combine))

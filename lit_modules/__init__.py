@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from memzoo.lit_modules.causal_lm import CausalLMModule
     from memzoo.lit_modules.checkpoint import AtomicCheckpointIO
     from memzoo.lit_modules.data import PhoneBookData, RecallData, TextData
+    from memzoo.lit_modules.graph_memory import GraphMemoryUpkeep
     from memzoo.lit_modules.mup import MuPlusPlus, coordinate_check
     from memzoo.lit_modules.progress import ProgressBar
 
 _HOMES = {
     "AtomicCheckpointIO": "checkpoint",
     "CausalLMModule": "causal_lm",
+    "GraphMemoryUpkeep": "graph_memory",
     "LossFigure": "callbacks",
     "MuPlusPlus": "mup",
     "PhoneBookData": "data",
@@ -32,6 +34,7 @@ _HOMES = {
 __all__ = [
     "AtomicCheckpointIO",
     "CausalLMModule",
+    "GraphMemoryUpkeep",
     "LossFigure",
     "MuPlusPlus",
     "PhoneBookData",

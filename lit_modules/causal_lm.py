@@ -18,7 +18,7 @@ from memzoo.lit_modules.carried import CarriedStates
 from memzoo.lit_modules.metrics import ExactMatch, MeanTokenLoss, TokenAccuracy
 from memzoo.lit_modules.mup import MuPlusPlus
 from memzoo.lit_modules.objective import NextTokens
-from memzoo.lit_modules.optim import parameter_groups
+from memzoo.lit_modules.optim import Decay, parameter_groups
 from memzoo.lit_modules.schedule import ScheduleName, make_scheduler
 from memzoo.lit_modules.sharding import shard
 
@@ -41,6 +41,7 @@ class CausalLMModule(LightningModule):
         overrides: Arguments in place of the named model's own.
         learning_rate: At the peak of the schedule.
         weight_decay: Of matrices; vectors, norms, embeddings and initial memory weights have none.
+        decay: "all" decays every parameter, vectors, norms, embeddings and initial memory weights too.
         betas: Of AdamW.
         schedule: "cosine", "wsd" (warm-up, stable, decay) or "constant", each after a linear warm-up.
         warmup_steps: Optimiser steps of the warm-up.
@@ -55,7 +56,8 @@ class CausalLMModule(LightningModule):
             warning says so where the weights show that it was forgotten.
 
     Raises:
-        ValueError: Unknown model or override, ``overrides`` beside a module, or a model that ``mup`` does not fit.
+        ValueError: Unknown model or override, ``overrides`` beside a module, a model that ``mup`` does not fit, or
+            ``mup`` with ``decay="all"``.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class CausalLMModule(LightningModule):
         *,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.1,
+        decay: Decay = "matrices",
         betas: tuple[float, float] = (0.9, 0.95),
         schedule: ScheduleName = "cosine",
         warmup_steps: int = 100,
@@ -78,6 +81,8 @@ class CausalLMModule(LightningModule):
         by_name = isinstance(model, str)
         if not by_name and overrides:
             raise ValueError(f"overrides={overrides!r} only apply to a model given by name; build the module with them")
+        if mup is not None and decay != "matrices":
+            raise ValueError(f"decay={decay!r} is not muP++'s, which decays matrices alone; leave decay or mup out")
         if isinstance(mup, dict):  # as a checkpoint holds it
             mup = MuPlusPlus(**mup)
         # A module is not a hyper-parameter: load_from_checkpoint(path, model=module) takes it anew.
@@ -104,8 +109,12 @@ class CausalLMModule(LightningModule):
 
     # Steps
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean loss of the counted targets plus the layers' own losses."""
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Return ``loss``, the mean of the counted targets plus the layers' own, and the layers' ``statistics``.
+
+        Callbacks find both in the ``outputs`` of ``on_train_batch_end``: what a layer wants back after the optimiser's
+        step is for one of them to hand on, such as ``GraphMemoryUpkeep``.
+        """
         trace = Trace(signals=False)
         pieces, logits = self._predict(batch, batch_idx, "train", trace)
         loss = pieces.mean(pieces.losses(logits))
@@ -115,7 +124,7 @@ class CausalLMModule(LightningModule):
             self.log("train/bits_per_byte", bits, prog_bar=True, batch_size=rows)
         for name, value in trace.losses.items():
             self.log(f"train/{name}", value, batch_size=rows)
-        return loss + sum(trace.losses.values())
+        return {"loss": loss + sum(trace.losses.values()), "statistics": trace.statistics}
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch to the validation's sums."""
@@ -248,7 +257,7 @@ class CausalLMModule(LightningModule):
         """
         chosen = self.hparams
         if self._mup is None:
-            groups = parameter_groups(self.model, chosen["weight_decay"])
+            groups = parameter_groups(self.model, chosen["weight_decay"], chosen["decay"])
         else:
             groups = self._mup.groups(self.model, chosen["learning_rate"], chosen["weight_decay"])
         optimizer = torch.optim.AdamW(groups, lr=chosen["learning_rate"], betas=tuple(chosen["betas"]))

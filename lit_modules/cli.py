@@ -1,8 +1,8 @@
 """The ``memzoo`` command.
 
 Training goes through Lightning's command line (``train_cli``), everything else through small functions
-(``catalog_cli``, ``generate_cli``), each imported when it is asked for. What a user got wrong ends in one line on
-stderr and exit code 2; with MEMZOO_TRACEBACK=1 in the environment it ends in the traceback.
+(``catalog_cli``, ``generate_cli``, ``inspect_cli``), each imported when it is asked for. What a user got wrong ends in
+one line on stderr and exit code 2; with MEMZOO_TRACEBACK=1 in the environment it ends in the traceback.
 """
 
 import os
@@ -24,6 +24,7 @@ COMMANDS = {
     "info": ("show a model or layer: parts, parameters, state, provenance", "catalog_cli", "run_info"),
     "recipes": ("list, show or copy the recipes", "catalog_cli", "run_recipes"),
     "generate": ("continue a text with a checkpoint", "generate_cli", "run"),
+    "inspect": ("look into a checkpoint reading a text: tables and figures", "inspect_cli", "run"),
     "env": ("show versions, devices and optional backends", "catalog_cli", "run_env"),
 }
 
@@ -39,6 +40,7 @@ examples:
   memzoo fit --config titans/lmm_tiny.yaml
   memzoo fit --config titans/lmm_tiny.yaml --trainer.max_steps 100
   memzoo generate --checkpoint last.ckpt --prompt "def "
+  memzoo inspect --checkpoint last.ckpt --text story.txt
 
 `memzoo COMMAND --help` lists the options of a command.
 """

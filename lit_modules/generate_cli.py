@@ -1,13 +1,10 @@
 """``memzoo generate``: continue a text with a checkpoint, token by token."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser
-
-from memzoo.lit_modules.checkpoint import check_checkpoint
 
 
 def run(command: str, options: list[str]) -> None:
@@ -45,26 +42,14 @@ def generate_text(
     Raises:
         ValueError: The checkpoint cannot be read or does not fit, or an option is out of range.
     """
-    from memzoo.lit_modules.causal_lm import CausalLMModule
-    from memzoo.lit_modules.data.tokenizer import load_tokenizer
+    from memzoo.lit_modules.trained_run import TrainedRun
 
     if not prompt:
         raise ValueError("prompt='' gives the model nothing to continue; pass at least one character")
-    check_checkpoint("checkpoint", checkpoint)
-    if not Path(checkpoint).is_file():
-        raise ValueError(f"checkpoint={checkpoint!r} is not a file; pass a .ckpt file that a run has written")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} is not here; use device='cpu'")
-    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    trained_with = stored.get("datamodule_hyper_parameters", {}).get("tokenizer", "bytes")
-    if not isinstance(stored.get("hyper_parameters", {}).get("model"), str):
-        raise ValueError(
-            f"checkpoint={checkpoint!r} does not name its model; load it in Python with load_from_checkpoint"
-        )
-    coder = load_tokenizer(tokenizer or trained_with)
-    model = CausalLMModule.load_from_checkpoint(checkpoint, map_location=device).eval().model
-    tokens = torch.tensor([coder.encode(prompt)], device=device)
-    stream = TextStream(coder.decode)
+    trained = TrainedRun.find(checkpoint, tokenizer=tokenizer, device=device)
+    model = trained.load()
+    tokens = torch.tensor([trained.tokenizer.encode(prompt)], device=device)
+    stream = TextStream(trained.tokenizer.decode)
     print(prompt, end="", flush=True)
     for token in model.generate(
         tokens,

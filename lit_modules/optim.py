@@ -1,11 +1,15 @@
 """Optimiser groups by role: matrices are decayed; vectors, embeddings and what a layer excludes are not."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
+from memzoo.layers.errors import check_choice
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+Decay = Literal["matrices", "all"]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "matrices") -> list[dict[str, Any]]:
     """Split the trainable parameters into "matrices", decayed, and "others", not decayed.
 
     A parameter is not decayed if it has fewer than two axes (norms, biases), if it is the weight of an ``nn.Embedding``
@@ -15,14 +19,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Args:
         model: Whose parameters to split.
         weight_decay: Of the matrices.
+        decay: "all" decays every parameter alike, one group "all", as some papers train.
 
     Returns:
         One or two groups for ``torch.optim``, each parameter once, with a ``name`` for logs.
 
     Raises:
-        ValueError: A name in ``no_weight_decay`` is no parameter of its layer, or nothing is trainable.
+        ValueError: A name in ``no_weight_decay`` is no parameter of its layer, nothing is trainable, or ``decay`` is
+            unknown.
     """
-    excluded = undecayed(model)
+    check_choice("decay", decay, get_args(Decay))
+    excluded = undecayed(model) if decay == "matrices" else set()
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -31,7 +38,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     if not matrices and not others:
         raise ValueError(f"model={type(model).__name__} has no trainable parameter; unfreeze some of them")
     groups = [
-        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
+        {"params": matrices, "weight_decay": weight_decay, "name": decay},
         {"params": others, "weight_decay": 0.0, "name": "others"},
     ]
     return [group for group in groups if group["params"]]

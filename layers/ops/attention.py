@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memzoo.layers.ops.attention_cache import append, count_slots, past_slots, take, turn
+from memzoo.layers.ops.attention_checks import check_dropout, check_dtypes, check_heads, check_memory, check_queries
 from memzoo.layers.ops.backend import check_backend, is_installed
 from memzoo.layers.state import MixerState
 
@@ -51,6 +52,7 @@ def attention(
     state: AttentionState | None = None,
     lengths: Tensor | None = None,
     scale: float | None = None,
+    dropout: float = 0.0,
     donate: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, AttentionState]:
@@ -65,6 +67,8 @@ def attention(
         state: What the previous call returned; None starts afresh.
         lengths: Tokens that exist in each row; outputs to their right are arbitrary. None if all exist.
         scale: Factor of the scores, ``key_dim ** -0.5`` by default.
+        dropout: Probability with which a key's weight is set to zero for a query; the others grow by
+            ``1 / (1 - dropout)``. The state is not touched by it.
         donate: Write into the storage of ``state``, which must not be read afterwards: then a step copies no cache.
             Takes effect where gradients are off.
         backend: ``"torch"``; ``"flash_attn"`` for a fresh call without prefix in half precision on CUDA; ``"auto"``
@@ -77,22 +81,23 @@ def attention(
         Returns (batch, time, heads, value_dim) and the state; its ``document`` is handed on as it was.
 
     Raises:
-        ValueError: Shapes, dtypes, window, state or backend do not fit.
+        ValueError: Shapes, dtypes, window, state or backend do not fit, or ``dropout`` is no probability.
     """
     _check(q, k, v, window, prefix, state, lengths)
+    check_dropout("dropout", dropout)
     use_flash = _choose_flash(backend, q, v, window, prefix, state, lengths)
     time = q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (_without_padding(x, lengths) for x in (q, k, v))
     end = _remember(k, v, window, state, lengths, donate)
     if use_flash:
-        y = _flash(q, k, v, window, lengths, scale)
+        y = _flash(q, k, v, window, lengths, scale, dropout)
     elif state is not None and (window is None or time == 1):
         # The cache holds this call's keys already; nothing in it is out of a query's reach but what comes after it.
         visible = _up_to(state.position, time, end.keys)
-        y = _attend(q, end.keys, end.values, visible, prefix, scale)
+        y = _attend(q, end.keys, end.values, visible, prefix, scale, dropout)
     else:
-        y = _slide(q, k, v, time if window is None else window, prefix, state, scale)
+        y = _slide(q, k, v, time if window is None else window, prefix, state, scale, dropout)
     return y, end
 
 
@@ -116,12 +121,18 @@ def remember(
     Raises:
         ValueError: ``lengths`` or ``state`` does not fit.
     """
-    _check_memory(k, v, None, None, state, lengths)
+    check_memory(k, v, None, None, state, lengths)
     return _remember(_without_padding(k, lengths), _without_padding(v, lengths), None, state, lengths, donate)
 
 
 def shared_attention(
-    q: Tensor, keys: Tensor, values: Tensor, first: Tensor | None = None, *, scale: float | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attend by queries alone, to keys and values that another layer computed: those of an ``AttentionState``.
 
@@ -132,23 +143,25 @@ def shared_attention(
         first: Tokens before the first query of each row: query t sees the slots up to ``first + t``. None where the
             queries are of the same tokens as the keys.
         scale: Factor of the scores, ``key_dim ** -0.5`` by default.
+        dropout: As in ``attention``.
 
     Shape:
         q: (rows, time, heads, key_dim). keys: (rows, slots, key_heads, key_dim). values: (rows, slots, value_heads,
         value_dim). first: (rows,). Returns (rows, time, heads, value_dim).
 
     Raises:
-        ValueError: Shapes or dtypes do not fit.
+        ValueError: Shapes or dtypes do not fit, or ``dropout`` is no probability.
     """
-    _check_queries(q)
+    check_queries(q)
+    check_dropout("dropout", dropout)
     rows, time, heads, key_dim = q.shape
     slots = time if first is None or keys.dim() != 4 else keys.shape[1]
-    _check_heads("keys", keys, "values", values, (rows, slots, heads, key_dim))
-    _check_dtypes(q=q, keys=keys, values=values)
+    check_heads("keys", keys, "values", values, (rows, slots, heads, key_dim))
+    check_dtypes(q=q, keys=keys, values=values)
     if first is not None and first.shape != (rows,):
         raise ValueError(f"first has shape {tuple(first.shape)}; it must be (rows,) = ({rows},)")
     visible = None if first is None else _up_to(first, time, keys)
-    return _attend(q, keys, values, visible, None, key_dim**-0.5 if scale is None else scale)
+    return _attend(q, keys, values, visible, None, key_dim**-0.5 if scale is None else scale, dropout)
 
 
 def _without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -185,7 +198,15 @@ def _up_to(first: Tensor, time: int, keys: Tensor) -> Tensor:
     return torch.arange(keys.shape[1], device=keys.device) <= latest[:, None, :, None]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, prefix: Prefix | None, scale: float) -> Tensor:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    prefix: Prefix | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
     """Softmax attention; ``visible`` broadcasts to (batch, 1, queries, keys), None is causal."""
     time, maps = q.shape[1], k.shape[2] // v.shape[2]
     if prefix is not None:
@@ -199,30 +220,33 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, prefix: Pre
     # Flash kernels, that of the CPU among them, want values as wide as keys. Measured there, for twice the width: two
     # reads of halves take a quarter of the time of the general way over 2048 queries, and a third in a step over 16384.
     width, value_dim = q.shape[-1], v.shape[-1]
-    halve = width < value_dim <= 2 * width and (visible is None or q.device.type == "cpu")
+    # Two reads would drop other weights from either half.
+    halve = width < value_dim <= 2 * width and (visible is None or q.device.type == "cpu") and not dropout
     pieces = v.split(width, dim=-1) if halve else (v,)
     if maps == len(pieces) == 1:
-        return _read(q, k, v, visible, scale)
+        return _read(q, k, v, visible, scale, dropout)
     pairs = zip(q.chunk(maps, dim=2), k.chunk(maps, dim=2), strict=True)
-    reads = [[_read(queries, keys, piece, visible, scale) for piece in pieces] for queries, keys in pairs]
+    reads = [[_read(queries, keys, piece, visible, scale, dropout) for piece in pieces] for queries, keys in pairs]
     return torch.cat([torch.cat(row, dim=-1) for row in reads], dim=2)
 
 
-def _read(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+def _read(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, dropout: float) -> Tensor:
     """Softmax attention of one map."""
     time, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if visible is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
+        grouped = heads != kv_heads
+        y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=grouped)
     elif heads == kv_heads:
-        y = F.scaled_dot_product_attention(q, k, v, visible, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, visible, dropout, scale=scale)
     else:
         # A group's queries become rows of one head: no key is repeated, and no kernel must know groups and masks both.
         # Measured on a CPU: a step over 4096 keys in groups of 4 takes a third of the time of enable_gqa.
         group = heads // kv_heads
         rows = q.unflatten(1, (kv_heads, group)).flatten(2, 3)
         visible = visible.repeat(*([1] * (visible.dim() - 2)), group, 1)
-        y = F.scaled_dot_product_attention(rows, k, v, visible, scale=scale).unflatten(2, (group, time)).flatten(1, 2)
+        y = F.scaled_dot_product_attention(rows, k, v, visible, dropout, scale=scale)
+        y = y.unflatten(2, (group, time)).flatten(1, 2)
     return y.transpose(1, 2)
 
 
@@ -234,6 +258,7 @@ def _slide(
     prefix: Prefix | None,
     state: AttentionState | None,
     scale: float,
+    dropout: float,
 ) -> Tensor:
     """Sliding-window attention in blocks: the first one meets the state, every other its left neighbour."""
     batch, time = q.shape[:2]
@@ -250,7 +275,7 @@ def _slide(
         visible = _band(first, window - 1, window, q.device) & F.pad(exists, (0, first), value=True)[:, None, None]
     elif first > window:
         visible = _band(first, 0, window, q.device)
-    y = _attend(q[:, :first], keys, values, visible, prefix, scale)
+    y = _attend(q[:, :first], keys, values, visible, prefix, scale, dropout)
     if time == first:
         return y
 
@@ -259,7 +284,7 @@ def _slide(
     queries = F.pad(q[:, first:], (0, 0, 0, 0, 0, fill)).unflatten(1, (count, block)).flatten(0, 1)
     keys, values = (F.pad(x, (0, 0, 0, 0, 0, fill)).unflatten(1, (count + 1, block)) for x in (k, v))
     keys, values = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (keys, values))
-    rest = _attend(queries, keys, values, _band(block, block, window, q.device), prefix, scale)
+    rest = _attend(queries, keys, values, _band(block, block, window, q.device), prefix, scale, dropout)
     rest = rest.unflatten(0, (batch, count)).flatten(1, 2)
     return torch.cat((y, rest[:, : time - first]), dim=1)
 
@@ -309,15 +334,18 @@ def _flash_runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and is_installed("flash_attn") and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: Tensor | None, scale: float) -> Tensor:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: Tensor | None, scale: float, dropout: float
+) -> Tensor:
     """Fresh attention by flash-attn; ragged rows are packed end to end, so that padding costs nothing."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     if k.shape[2] > v.shape[2]:  # a map a group of heads: the kernel wants a value head for every key head
         v = v.repeat(1, 1, k.shape[2] // v.shape[2], 1)
     reach = (-1, -1) if window is None else (window - 1, 0)  # keys to the left and right, the query's own not counted
+    options = {"dropout_p": dropout, "softmax_scale": scale, "causal": True, "window_size": reach}
     if lengths is None:
-        y: Tensor = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=reach)
+        y: Tensor = flash_attn_func(q, k, v, **options)
         return y
     time = q.shape[1]
     inside = torch.arange(time, device=q.device) < lengths[:, None]
@@ -325,9 +353,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: Tensor 
     queries, keys, values = q[inside], k[inside], v[inside]
     if not queries.shape[0]:
         return torch.zeros_like(q)
-    packed = flash_attn_varlen_func(
-        queries, keys, values, ends, ends, time, time, softmax_scale=scale, causal=True, window_size=reach
-    )
+    packed = flash_attn_varlen_func(queries, keys, values, ends, ends, time, time, **options)
     return torch.zeros_like(q).masked_scatter(inside[..., None, None], packed)
 
 
@@ -341,65 +367,10 @@ def _check(
     lengths: Tensor | None,
 ) -> None:
     check_window(window)
-    _check_queries(q)
-    _check_heads("k", k, "v", v, tuple(q.shape))
-    _check_dtypes(q=q, k=k, v=v)
-    _check_memory(k, v, window, prefix, state, lengths)
-
-
-def _check_queries(q: Tensor) -> None:
-    if q.dim() != 4 or q.shape[1] < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (batch, time, heads, key_dim) with time >= 1")
-
-
-def _check_heads(key_name: str, k: Tensor, value_name: str, v: Tensor, expected: tuple[int, ...]) -> None:
-    """Check keys against the (batch, time, heads, key_dim) of queries, and values against the keys."""
-    batch, time, heads, key_dim = expected
-    grouped = k.dim() == 4 and k.shape[2] > 0 and heads % k.shape[2] == 0
-    if not grouped or (*k.shape[:2], k.shape[3]) != (batch, time, key_dim):
-        raise ValueError(
-            f"{key_name} has shape {tuple(k.shape)}; it must be (batch, time, key_heads, key_dim) = "
-            f"({batch}, {time}, a divisor of {heads}, {key_dim}) to match q"
-        )
-    in_maps = v.dim() == 4 and v.shape[2] > 0 and k.shape[2] % v.shape[2] == 0
-    if not in_maps or v.shape[:2] != k.shape[:2]:
-        raise ValueError(
-            f"{value_name} has shape {tuple(v.shape)}; it must be ({batch}, {time}, a divisor of {k.shape[2]}, "
-            f"value_dim) to match {key_name}"
-        )
-
-
-def _check_dtypes(**tensors: Tensor) -> None:
-    dtypes = [x.dtype for x in tensors.values()]
-    if len({*dtypes}) > 1:
-        raise ValueError(f"{', '.join(tensors)} have dtypes {', '.join(map(str, dtypes))}; cast them to one")
-
-
-def _check_memory(
-    k: Tensor,
-    v: Tensor,
-    window: int | None,
-    prefix: Prefix | None,
-    state: AttentionState | None,
-    lengths: Tensor | None,
-) -> None:
-    batch = k.shape[0]
-    if lengths is not None and lengths.shape != (batch,):
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; it must be (batch,) = ({batch},)")
-    for name, given, x in zip(("keys", "values"), prefix or (), (k, v), strict=False):
-        if given.dim() != 4 or given.shape[0] not in (1, batch) or given.shape[2:] != x.shape[2:]:
-            raise ValueError(
-                f"prefix {name} have shape {tuple(given.shape)}; they must be "
-                f"(1 or {batch}, num_prefix, {x.shape[2]}, {x.shape[3]})"
-            )
-    for name, given, x in (("keys", state.keys, k), ("values", state.values, v)) if state is not None else ():
-        slots = given.shape[1] if window is None else window
-        expected = (batch, slots, *x.shape[2:])
-        if given.shape != expected:
-            raise ValueError(
-                f"state {name} have shape {tuple(given.shape)}; they must be {expected}: "
-                f"pass the state that a call with the same heads and window={window} returned, or None to start afresh"
-            )
+    check_queries(q)
+    check_heads("k", k, "v", v, tuple(q.shape))
+    check_dtypes(q=q, k=k, v=v)
+    check_memory(k, v, window, prefix, state, lengths)
 
 
 def check_window(window: int | None) -> None:

@@ -253,9 +253,9 @@ def test_a_window_makes_the_baseline_s_state_constant() -> None:
     assert model(tokens)[1].nbytes == model(tokens[:, :10])[1].nbytes
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if not name.startswith(("mamba_", "mamba2_"))])
+@pytest.mark.parametrize("name", [name for name in TINY if not name.startswith(("gmt_", "gpt_", "mamba_", "mamba2_"))])
 def test_both_halves_of_every_block_start_small(name: str) -> None:
-    """Mamba's start as published: test_mamba_lm.py."""
+    """Mamba, GPT and GMT start as published: test_mamba_lm.py, test_gpt.py, test_graph_memory_transformer.py."""
     torch.manual_seed(0)
     for block in create_model(name, depth=8).blocks:
         outputs = block.mixer.residual_outputs() if hasattr(block.mixer, "residual_outputs") else [block.mixer.out]

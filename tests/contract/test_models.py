@@ -25,6 +25,17 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "window": {"window": 5, "tie_embeddings": False, "qk_norm": True, "num_kv_heads": 2},
         "checkpointed": {"checkpoint_blocks": True},
     },
+    "gpt_tiny": {
+        "attention_only": {"hidden_dim": 0, "context": 120, "tie_embeddings": False},
+        "checkpointed": {"checkpoint_blocks": True},
+    },
+    "gmt_tiny": {
+        "deferred": {
+            "cell": {"write_back": "deferred", "edge_mode": "logprob", "hops": 2, "channel_gate": True},
+            "tie_embeddings": False,
+            "checkpoint_blocks": True,
+        },
+    },
     "titans_lmm_tiny": {"recomputed": {"checkpoint_chunks": 2}},
     "bmojo_tiny": {
         "gated_deltanet": {

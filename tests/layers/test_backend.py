@@ -100,8 +100,9 @@ def stand_in() -> ModuleType:
     """flash_attn by its documentation: query i sees keys [i - left, i + right] (-1: no bound), none after itself."""
     module = ModuleType("flash_attn")
 
-    def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size):
+    def flash_attn_func(q, k, v, *, dropout_p, softmax_scale, causal, window_size):
         assert causal
+        assert dropout_p == 0
         assert window_size in [(-1, -1), (window_size[0], 0)]
         window = None if window_size[0] == -1 else window_size[0] + 1
         return loop.attention(q, k, v, scale=softmax_scale, window=window)[0]

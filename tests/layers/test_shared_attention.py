@@ -126,7 +126,7 @@ def test_remember_writes_into_a_donated_state():
 
 
 def test_flash_attn_is_given_a_value_head_for_every_key_head(monkeypatch):
-    def kernel(q, k, v, *, softmax_scale, causal, window_size):
+    def kernel(q, k, v, *, dropout_p, softmax_scale, causal, window_size):
         assert k.shape == v.shape
         return loop.attention(q, k, v, scale=softmax_scale)[0]
 

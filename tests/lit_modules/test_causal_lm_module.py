@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from memzoo.arch import create_model
-from memzoo.lit_modules import CausalLMModule, TextData
+from memzoo.lit_modules import CausalLMModule, MuPlusPlus, TextData
 from memzoo.lit_modules.metrics import MeanTokenLoss, TokenAccuracy, UnigramEntropy
 from memzoo.lit_modules.objective import NOT_SCORED, NextTokens
 from memzoo.lit_modules.sharding import shard
@@ -233,6 +233,52 @@ def test_accuracy_is_the_share_of_what_is_counted():
     assert metric.compute().item() == 0.25
 
 
+# What layers want back
+
+
+class Outputs(pl.Callback):
+    """Remembers what callbacks are given of every training batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        self.seen.append(outputs)
+
+
+class Counting(Reporting):
+    """A model whose layers report a statistic."""
+
+    def forward(self, tokens, *args, trace=None, **options):
+        if trace is not None:
+            trace.scope("blocks.0").statistic("mass", self.model.embedding(tokens).sum())
+        return self.model(tokens, *args, trace=trace, **options)
+
+
+def test_callbacks_find_the_layers_statistics_of_every_batch_beside_its_loss():
+    lit, seen = CausalLMModule(Counting(module().model), learning_rate=0.0, warmup_steps=0), Outputs()
+    batches = [{"tokens": tokens(2, 6, seed=seed)} for seed in range(3)]
+    trainer(seen, accumulate_grad_batches=2).fit(lit, datamodule=Batches(batches))
+    for outputs, batch in zip(seen.seen, batches, strict=True):
+        mass = lit.model.model.embedding(batch["tokens"][:, :-1]).sum()
+        assert outputs.keys() == {"loss", "statistics"}
+        assert outputs["statistics"] == {"blocks.0.mass": pytest.approx(mass.item(), rel=1e-5)}
+        assert not outputs["statistics"]["blocks.0.mass"].requires_grad
+
+
+# Optimisation
+
+
+def test_decay_of_all_parameters_is_asked_for():
+    def groups(**options) -> list[tuple[str, float]]:
+        lit = module(weight_decay=0.2, **options)
+        trainer().fit(lit, datamodule=Batches([{"tokens": tokens(2, 6)}]))
+        return [(group["name"], group["weight_decay"]) for group in lit.optimizers().param_groups]
+
+    assert groups() == [("matrices", 0.2), ("others", 0.0)]
+    assert groups(decay="all") == [("all", 0.2)]
+
+
 # Truncated backpropagation
 
 
@@ -387,6 +433,11 @@ def test_tensor_parallelism_is_refused():
 def test_overrides_beside_a_module_are_refused():
     with pytest.raises(ValueError, match=r"overrides=.*only apply to a model given by name"):
         CausalLMModule(nn.Linear(1, 1), {"depth": 2})
+
+
+def test_mup_beside_a_decay_of_all_parameters_is_refused():
+    with pytest.raises(ValueError, match=r"decay='all' is not muP\+\+'s.*leave decay or mup out"):
+        module("transformer_tiny", decay="all", mup=MuPlusPlus(base_dim=16, base_depth=1))
 
 
 def test_an_unknown_model_or_override_is_refused():

@@ -40,6 +40,16 @@ def test_matrices_decay_and_nothing_else_does():
     assert not any(word in n for n in names(model, matrices) for word in ("norm", "bias", "gates", "initial", "embed"))
 
 
+def test_all_decays_every_trainable_parameter_in_one_group():
+    model = create_model("titans_lmm_tiny", dim=16, depth=1, num_heads=1)
+    model.embedding.requires_grad_(False)
+    (group,) = parameter_groups(model, 0.1, "all")
+    assert (group["name"], group["weight_decay"]) == ("all", 0.1)
+    assert names(model, group) == {name for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match=r"decay='al'.*did you mean 'all'"):
+        parameter_groups(model, 0.1, "al")
+
+
 def test_a_tied_embedding_counts_once_and_is_not_decayed():
     model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     model["head"].weight = model["embedding"].weight

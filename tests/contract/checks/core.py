@@ -270,12 +270,19 @@ def _grown(tensor: Tensor, axis: int, room: int) -> Tensor:
 
 
 def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of ``loss`` with respect to every parameter that needs one."""
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """The gradient of ``loss``, of outputs, with respect to every parameter that needs one from there."""
+    own = reached_by_losses(module)
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad and name not in own}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     missing = [name for name, g in zip(named, found, strict=True) if g is None]
     assert not missing, f"no gradient reaches {missing}"
     return dict(zip(named, found, strict=True))
+
+
+def reached_by_losses(module: nn.Module) -> set[str]:
+    """The parameters that layers list in ``reached_by_losses``: auxiliary losses move them, outputs do not."""
+    paths = ((path, getattr(layer, "reached_by_losses", ())) for path, layer in module.named_modules())
+    return {f"{path}.{name}".lstrip(".") for path, names in paths for name in names}
 
 
 def probe(y: Tensor) -> Tensor:

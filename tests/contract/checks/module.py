@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from memzoo.layers.trace import Trace
-from tests.contract.checks.core import Part, check, close, close_state, gradients, output, probe, random_mask, same
+from tests.contract.checks.core import (
+    Part,
+    check,
+    close,
+    close_state,
+    gradients,
+    output,
+    probe,
+    random_mask,
+    reached_by_losses,
+    same,
+)
 
 EVERY = ("mixer", "channel", "reader", "model")
 SEQUENCE = ("mixer", "model")
@@ -22,6 +33,12 @@ def every_parameter_gets_a_gradient(part: Part) -> None:
     for name, gradient in gradients(module, probe(output(module(part.inputs())))).items():
         assert gradient.isfinite().all(), f"the gradient of {name} is not finite"
         assert gradient.any(), f"the gradient of {name} is zero everywhere"
+    listed = {name: module.get_parameter(name) for name in sorted(reached_by_losses(module))}
+    if listed:
+        trace = Trace(signals=False)
+        module(part.inputs(), trace=trace)
+        found = torch.autograd.grad(sum(trace.losses.values(), torch.zeros(())), list(listed.values()))
+        assert all(g.any() for g in found), f"no loss moves one of {list(listed)}"
 
 
 @check("mixer", "model")
@@ -30,7 +47,8 @@ def every_parameter_takes_part_in_a_call_that_goes_on(part: Part) -> None:
     module = part.build()
     _, state = module(part.inputs())
     y, _ = module(part.inputs(), state.detach())
-    parameters = dict(module.named_parameters())
+    listed = reached_by_losses(module)
+    parameters = {name: p for name, p in module.named_parameters() if name not in listed}
     given = torch.autograd.grad(probe(y), list(parameters.values()), allow_unused=True)
     left_out = [name for name, gradient in zip(parameters, given, strict=True) if gradient is None]
     assert not left_out, f"no gradient reaches {left_out}"
@@ -40,7 +58,8 @@ def every_parameter_takes_part_in_a_call_that_goes_on(part: Part) -> None:
 def the_gradient_is_the_derivative(part: Part) -> None:
     """Along one random direction, in float64; rounding to float32 anywhere inside shows here too."""
     module, x, step = part.build(), part.inputs(), 1e-6
-    along = dict(module.named_parameters())
+    listed = reached_by_losses(module)
+    along = {name: p for name, p in module.named_parameters() if name not in listed}
     if x.is_floating_point():
         along["x"] = x.requires_grad_()
     generator = torch.Generator().manual_seed(5)

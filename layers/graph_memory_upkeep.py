@@ -1,0 +1,118 @@
+"""Upkeep of a model's graph memories: temperature, commits after the optimiser's step, maintenance.
+
+A training loop by hand; ``memzoo.lit_modules.GraphMemoryUpkeep`` does the same under Lightning:
+
+    for step, tokens in enumerate(batches):
+        set_temperature(model, temperature_at(step))
+        trace = Trace(signals=False)
+        logits, _ = model(tokens, trace=trace)
+        (loss_of(logits) + sum(trace.losses.values())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        commit(model, trace.statistics)
+        if (step + 1) % 110 == 0:
+            maintain(model, trace.statistics, generator)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from memzoo.layers.errors import check_choice, check_number
+from memzoo.layers.graph_memory_cell import GraphMemoryCell
+
+Statistics = Mapping[str, Tensor]
+NOT_SUMMED = "states"
+
+
+def graph_memory_cells(model: nn.Module) -> dict[str, GraphMemoryCell]:
+    """Return a model's graph memory cells by their paths, in order.
+
+    Raises:
+        ValueError: It has none.
+    """
+    cells = {path: module for path, module in model.named_modules() if isinstance(module, GraphMemoryCell)}
+    if not cells:
+        raise ValueError(f"model={type(model).__name__} has no GraphMemoryCell; pass a model that has some")
+    return cells
+
+
+def set_temperature(model: nn.Module, temperature: float) -> None:
+    """Set the temperature of all cells of a model.
+
+    Raises:
+        ValueError: The model has none, or the temperature is not above zero.
+    """
+    check_number("temperature", temperature)
+    for cell in graph_memory_cells(model).values():
+        cell.temperature.fill_(temperature)
+
+
+def join(parts: Sequence[Statistics]) -> dict[str, Tensor]:
+    """Add up the statistics of several passes; of the tokens' states, those of the last are kept.
+
+    Args:
+        parts: ``trace.statistics`` of each pass, of one model.
+    """
+    joined: dict[str, Tensor] = {}
+    for part in parts:
+        for path, value in part.items():
+            summed = path in joined and path.rpartition(".")[2] != NOT_SUMMED
+            joined[path] = joined[path] + value if summed else value
+    return joined
+
+
+def commit(model: nn.Module, statistics: Statistics) -> None:
+    """Let every cell of a model advance its usage and write back; call it after the optimiser's step.
+
+    Args:
+        model: Whose cells.
+        statistics: ``trace.statistics`` of the step's pass, or ``join`` of those of its passes.
+
+    Raises:
+        ValueError: The model has no cell, or the statistics of one are missing or of another shape.
+    """
+    for path, cell in graph_memory_cells(model).items():
+        cell.commit(_own(statistics, path))
+
+
+def maintain(
+    model: nn.Module, statistics: Statistics, generator: torch.Generator, *, states: Literal["last", "own"] = "last"
+) -> dict[str, int]:
+    """Let every cell of a model seed its dead and its double slots with the directions of tokens.
+
+    Args:
+        model: Whose cells.
+        statistics: As in ``commit``; the tokens' states in it are used.
+        generator: Of the choice among the tokens; on the CPU.
+        states: Whose tokens: "last", those that the last cell's block returned, for all cells, as in the official code;
+            "own", for every cell those of its own block.
+
+    Returns:
+        How many slots were seeded because they were ``reset`` and ``merged``.
+
+    Raises:
+        ValueError: The model has no cell, or the states are missing.
+    """
+    check_choice("states", states, ("last", "own"))
+    cells = graph_memory_cells(model)
+    last = next(reversed(cells))
+    total = {"reset": 0, "merged": 0}
+    for path, cell in cells.items():
+        name = f"{_prefix(last if states == 'last' else path)}states"
+        if name not in statistics:
+            raise ValueError(f"statistics[{name!r}] is missing; pass trace.statistics of a pass in training mode")
+        for reason, count in cell.maintain(statistics[name], generator).items():
+            total[reason] += count
+    return total
+
+
+def _own(statistics: Statistics, path: str) -> dict[str, Tensor]:
+    prefix = _prefix(path)
+    return {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
+
+
+def _prefix(path: str) -> str:
+    return f"{path}." if path else ""

@@ -1,0 +1,562 @@
+"""GraphMemoryCell: the cell of the Graph Memory Transformer; numbers are those of the spec, section 16."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from memzoo.arch.block import Block
+from memzoo.layers import Attention, create_layer
+from memzoo.layers.graph_memory_cell import GraphMemoryCell
+from memzoo.layers.trace import Trace
+from tests.layers.graph_memory_cases import (
+    DIM,
+    LOSSES,
+    NAVIGATION,
+    ROUTES,
+    SLOTS,
+    assert_close,
+    buffers_of,
+    build,
+    few_cases,
+    gradients_of,
+    randn,
+    route_by_loop,
+    run,
+    written,
+)
+
+PARAMETERS = {
+    "centroids": (SLOTS, DIM),
+    "edges": (SLOTS, SLOTS),
+    "query.weight": (NAVIGATION, DIM),
+    "key.weight": (NAVIGATION, DIM),
+    "gate": (),
+    "momentum": (),
+    "centroid_norm.weight": (DIM,),
+    "centroid_norm.bias": (DIM,),
+    "movement_norm.weight": (DIM,),
+    "movement_norm.bias": (DIM,),
+}
+BUFFERS = {"temperature": (), "usage": (SLOTS,), "age": (SLOTS,)}
+
+
+def sequence(*, time: int = 7, seed: int = 1, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return randn(2, time, DIM, seed=seed, dtype=dtype)
+
+
+@pytest.mark.parametrize(("edge_mode", "hops"), [("prob", 1), ("logprob", 1), ("prob", 3)])
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_it_is_the_equations_between_two_norms(edge_mode, hops, temperature):
+    cell = build(edge_mode=edge_mode, hops=hops, temperature=temperature, distance_floor=0.03)
+    x = sequence()
+    y, routing = route_by_loop(cell, x, edge_mode=edge_mode, hops=hops, distance_floor=0.03)
+    assert_close(cell(x), y)
+    assert_close(cell.route(x), routing)
+    value = randn(*y.shape)
+    assert_close(gradients_of(cell, (cell(x) * value).sum()), gradients_of(cell, (y * value).sum()))
+    assert_close(cell.eval()(x), y)
+
+
+def test_a_gate_for_every_channel_is_an_option():
+    cell = build(channel_gate=True)
+    assert cell.gate.shape == (DIM,)
+    assert_close(cell(sequence()), route_by_loop(cell, sequence())[0])
+
+
+def test_it_starts_as_the_official_code():
+    torch.manual_seed(0)
+    cell = GraphMemoryCell(64, num_slots=100, navigation_dim=100)
+    assert_close(cell.centroids.norm(dim=-1), torch.ones(100), 1e-6)
+    assert abs(cell.edges.std() - 1) < 0.05
+    assert abs(cell.edges.mean()) < 0.05
+    for projection in (cell.query, cell.key):
+        assert isinstance(projection, nn.Linear)
+        assert abs(projection.weight.std() - 0.02) < 0.001
+    assert (cell.gate.item(), cell.momentum.item()) == pytest.approx((1.0, 4.6))
+    for norm in (cell.centroid_norm, cell.movement_norm):
+        assert isinstance(norm, nn.LayerNorm)
+        assert norm.eps == 1e-5
+        assert torch.equal(norm.weight, torch.ones(64))
+        assert torch.equal(norm.bias, torch.zeros(64))
+    assert_close(cell.usage, torch.full((100,), 0.01), 1e-9)
+    assert torch.equal(cell.age, torch.zeros(100))
+    assert cell.temperature.item() == 1.0
+    assert (cell.edge_entropy_floor, cell.usage_target) == pytest.approx((4.0 * math.log(99) / math.log(127), 25.0))
+
+
+def test_it_is_registered():
+    cell = create_layer("graph_memory_cell", DIM, num_slots=3, navigation_dim=2)
+    assert isinstance(cell, GraphMemoryCell)
+    assert cell.takes_residual
+
+
+@pytest.mark.parametrize(
+    ("dim", "slots", "navigation", "expected"), [(768, 128, 128, 314_370), (6, 5, 4, 129), (2, 2, 1, 22)]
+)
+def test_01_parameters_of_a_cell(dim, slots, navigation, expected):
+    with torch.device("meta"):
+        cell = GraphMemoryCell(dim, num_slots=slots, navigation_dim=navigation)
+    count = sum(parameter.numel() for parameter in cell.parameters())
+    assert count == expected == slots * dim + slots**2 + 2 * dim * navigation + 4 * dim + 2
+
+
+def test_01_the_state_dict_is_parameters_and_three_buffers():
+    cell = build()
+    shapes = {name: tuple(tensor.shape) for name, tensor in cell.state_dict().items()}
+    assert shapes == PARAMETERS | BUFFERS
+    assert {name: tuple(p.shape) for name, p in cell.named_parameters()} == PARAMETERS
+
+
+def test_02_a_closed_gate_leaves_a_block_its_attention():
+    torch.manual_seed(0)
+    block = Block(Attention(DIM, num_heads=1), build(gate_init=-math.inf, dtype=torch.float32))
+    x = sequence(dtype=torch.float32)
+    y, _ = block(x)
+    assert torch.equal(y, x + block.mixer(block.mixer_norm(x))[0])
+    assert not torch.equal(y, x)
+
+
+def test_02_a_block_adds_the_cell_and_shows_it_the_stream():
+    torch.manual_seed(0)
+    block = Block(Attention(DIM, num_heads=1), build(write_back="deferred")).double()
+    x, trace = sequence(), Trace()
+    y, _ = block(x, trace=trace)
+    h = x + block.mixer(block.mixer_norm(x))[0]
+    assert_close(y, h + block.ffn(block.ffn_norm(h)))
+    assert_close(trace.statistics["ffn.write_sums"].sum(0), y.sum((0, 1)))
+
+
+@given(seed=st.integers(0, 1000), temperature=st.sampled_from([0.1, 1.0]))
+@few_cases
+def test_03_distributions_are_distributions(seed, temperature):
+    cell = build(dtype=torch.float32, temperature=temperature)
+    routing, tables = cell.route(sequence(seed=seed, dtype=torch.float32)), cell.tables()
+    for probabilities in (routing.source, routing.prior, routing.target, tables.transitions):
+        assert (probabilities >= 0).all()
+        assert_close(probabilities.sum(-1), torch.ones(probabilities.shape[:-1]), 1e-6)
+    assert torch.equal(tables.transitions.diagonal(), torch.zeros(SLOTS))
+
+
+@given(order=st.permutations(range(SLOTS)))
+@few_cases
+def test_04_the_order_of_the_slots_has_no_meaning(order):
+    cell, x = build(), sequence()
+    other = copy.deepcopy(cell)
+    with torch.no_grad():
+        other.centroids.copy_(cell.centroids[order])
+        other.edges.copy_(cell.edges[order][:, order])
+    (y, trace), (z, other_trace) = run(cell, x), run(other, x)
+    assert_close(z, y)
+    routing, other_routing = cell.route(x), other.route(x)
+    for name in ROUTES:
+        assert_close(getattr(other_routing, name), getattr(routing, name)[..., order])
+    assert_close(other_trace.losses, trace.losses)
+    assert_close(other_trace.statistics["source_mass"], trace.statistics["source_mass"][order])
+
+
+def test_04_centroids_without_their_edges_are_another_graph():
+    cell, x = build(), sequence()
+    y = cell(x)
+    with torch.no_grad():
+        cell.centroids.copy_(cell.centroids.roll(1, 0))
+    assert (cell(x) - y).abs().max() > 1e-2
+
+
+def test_05_the_source_knows_directions_and_the_target_lengths_too():
+    cell, x = build(dtype=torch.float32), sequence(dtype=torch.float32)
+    once, thrice = cell.route(x), cell.route(3 * x)
+    assert_close(thrice.source, once.source, 1e-6)
+    assert (thrice.target - once.target).abs().max() > 1e-2
+
+
+def test_06_the_prior_moves_log_odds_by_at_most_one():
+    cell = build(temperature=0.1)
+    with torch.no_grad():
+        cell.edges.mul_(30)
+    routing = cell.route(sequence(time=50))
+    change = routing.target.log() - routing.scores
+    widest = (change.amax(-1) - change.amin(-1)).max()
+    assert 0.5 < widest <= 1 + 1e-12
+
+
+def test_07_a_hot_source_is_uniform():
+    source = build(temperature=1e9).route(sequence()).source
+    assert_close(source, torch.full_like(source, 1 / SLOTS), 1e-8)
+
+
+def test_07_at_a_centroid_the_logit_is_one_over_floor_and_temperature():
+    cell = build(temperature=2.0, distance_floor=0.1)
+    centroids = cell.centroid_norm(cell.centroids).detach()
+    routing = cell.route(5 * centroids[None, 3:4])
+    logits = routing.source.log()[0, 0]
+    others = 1 / (1 - routing.similarity[0, 0]) / 2
+    assert routing.similarity[0, 0, 3].item() == pytest.approx(1.0)
+    assert_close(logits[3] - logits[:3], 1 / (0.1 * 2) - others[:3])
+
+
+def test_08_without_queries_and_edges_a_token_leaves_for_any_other_slot():
+    cell = build()
+    with torch.no_grad():
+        cell.query.weight.zero_()
+        cell.edges.zero_()
+    routing = cell.route(sequence())
+    assert_close(routing.prior, (1 - routing.source) / (SLOTS - 1), 1e-14)
+    assert_close(routing.target, routing.prior.softmax(-1), 1e-14)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_09_a_token_changes_its_own_output_alone(training):
+    cell, x = build(dtype=torch.float32).train(training), sequence(dtype=torch.float32)
+    changed = x.clone()
+    changed[1, 4] += 1
+    different = (cell(x) != cell(changed)).any(-1)
+    assert different.nonzero().tolist() == [[1, 4]]
+
+
+def test_10_the_tables_give_what_the_separate_products_give():
+    cell, x = build(dtype=torch.float32), sequence(dtype=torch.float32)
+    routing, tables = cell.route(x), cell.tables()
+    centroids = cell.centroid_norm(cell.centroids)
+    assert_close(tables.centroids, centroids, 1e-6)
+    scores = cell.query(x) @ cell.key(centroids).T / NAVIGATION**0.5
+    assert_close(x @ tables.projection[:, SLOTS:], scores, 1e-4)
+    assert_close(routing.scores, scores, 1e-4)
+    movement = routing.target @ centroids - routing.source @ centroids
+    assert_close((routing.target - routing.source) @ tables.centroids, movement, 1e-5)
+    assert_close(cell(x), cell.gate.sigmoid() * cell.movement_norm(movement), 1e-3)
+
+
+def test_11_equal_centroids_leave_nowhere_to_go():
+    cell = build(dtype=torch.float32)
+    with torch.no_grad():
+        cell.centroids.copy_(cell.centroids[:1].expand(SLOTS, DIM))
+    y = cell(sequence(dtype=torch.float32))
+    assert_close(y, (cell.gate.sigmoid() * cell.movement_norm.bias).expand_as(y), 1e-2)
+
+
+@pytest.mark.parametrize("write_back", ["off", "deferred"])
+@pytest.mark.parametrize("training", [True, False])
+def test_14_a_forward_changes_nothing(write_back, training):
+    cell, x = build(write_back=write_back, dtype=torch.float32).train(training), sequence(dtype=torch.float32)
+    before = copy.deepcopy(cell.state_dict())
+    first, second = run(cell, x)[0], run(cell, x)[0]
+    assert torch.equal(first, second)
+    assert torch.equal(first, cell(x))
+    assert_close(cell.state_dict(), before, 0)
+
+
+def test_14_deferred_gradients_are_those_without_write_back():
+    gradients = {}
+    for write_back in ("off", "deferred"):
+        cell = build(write_back=write_back)
+        y, trace = run(cell, sequence(), sequence(seed=2))
+        gradients[write_back] = gradients_of(cell, y.square().sum() + sum(trace.losses.values()))
+    assert_close(gradients["deferred"], gradients["off"], 0)
+
+
+def test_14_what_a_cell_hands_on_in_training():
+    cell, x, stream = build(write_back="deferred"), sequence(), sequence(seed=2)
+    y, trace = run(cell, x, stream)
+    statistics, source, out = trace.statistics, cell.route(x).source, (stream + y).flatten(0, 1)
+    assert statistics.keys() == {"source_mass", "tokens", "states", "write_sums", "write_counts"}
+    assert not any(tensor.requires_grad for tensor in statistics.values())
+    assert_close(statistics["source_mass"], source.sum((0, 1)))
+    assert statistics["tokens"].item() == 14
+    chosen = source.flatten(0, 1).argmax(-1)
+    for slot in range(SLOTS):
+        assert_close(statistics["write_sums"][slot], out[chosen == slot].sum(0))
+        assert statistics["write_counts"][slot].item() == (chosen == slot).sum()
+    assert statistics["states"].shape == (SLOTS, DIM)
+    rows = [(out == state).all(-1).nonzero().item() for state in statistics["states"]]
+    assert rows == sorted(rows)
+    gaps = torch.tensor(rows).diff()
+    assert gaps.min() >= 1
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_14_states_are_all_there_are_of_a_short_input():
+    y, trace = run(build(), sequence(time=2))
+    assert_close(trace.statistics["states"], (sequence(time=2) + y).flatten(0, 1))
+
+
+def test_14_without_write_back_there_is_nothing_to_write_and_in_eval_nothing_to_hand_on():
+    cell = build()
+    assert run(cell, sequence())[1].statistics.keys() == {"source_mass", "tokens", "states"}
+    assert not run(cell.eval(), sequence())[1].statistics
+    assert not run(build(write_back="deferred").eval(), sequence())[1].statistics
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("with_stream", [True, False])
+def test_reference_writes_in_every_forward(training, traced, with_stream):
+    cell, x = build(write_back="reference").train(training), sequence()
+    stream = sequence(seed=2) if with_stream else None
+    source, y = cell.route(x).source, build()(x)
+    expected = written(cell, y + (x if stream is None else stream), source)
+    actual = cell(x, residual=stream, trace=Trace() if traced else None)
+    assert_close(actual, y)
+    assert_close(buffers_of(cell), expected)
+    for name in ("centroids", "usage", "age"):
+        assert (expected[name] - buffers_of(build())[name]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_reference_evaluation_drifts(grad):
+    """The official fault: each batch is evaluated with what those before it have written."""
+    cell, x = build(write_back="reference").eval(), sequence()
+    with torch.set_grad_enabled(grad):
+        first = cell(x)
+        y, source = cell_without_writes(cell)(x), cell.route(x).source
+        expected = written(cell, x + y, source)
+        second = cell(x)
+    assert (second - first).abs().max() > 1e-3
+    assert_close(second, y)
+    assert_close(buffers_of(cell), expected)
+    assert cell.age.tolist() == [2] * SLOTS
+
+
+def cell_without_writes(cell: GraphMemoryCell) -> GraphMemoryCell:
+    other = build()
+    other.load_state_dict(cell.state_dict())
+    return other
+
+
+def test_reference_gradients_of_the_centroids_and_their_norm_are_wrong_and_no_others():
+    """The official fault: centroids change between the forward and the backward pass that reads them again."""
+    x = sequence()
+    right, wrong = (gradients_of(cell, cell(x).square().sum()) for cell in (build(), build(write_back="reference")))
+    different = {name for name in right if not torch.equal(right[name], wrong[name])}
+    assert different == {"centroids", "centroid_norm.weight"}
+    for name in different:
+        assert (wrong[name] - right[name]).norm() > 1e-3 * right[name].norm()
+
+
+def test_reference_losses_are_of_the_centroids_that_were_written():
+    """The official code adds its losses up after all blocks have written; tracks are of the centroids before."""
+    cell, x = build(write_back="reference"), sequence()
+    before = run(build(), x)[1].losses
+    _, trace = run(cell, x)
+    after = run(cell_without_writes(cell), x)[1].losses
+    assert (after["ortho"] - before["ortho"]).abs() > 1e-5
+    assert_close(trace.losses, before | {"ortho": after["ortho"]})
+    gradient = gradients_of(cell, trace.losses["ortho"])["centroids"]
+    other = cell_without_writes(cell)
+    assert_close(gradient, gradients_of(other, run(other, x)[1].losses["ortho"])["centroids"])
+
+
+def test_reference_writes_can_be_backpropagated_through_a_block():
+    block = Block(Attention(DIM, num_heads=1), build(write_back="reference", dtype=torch.float32))
+    y, _ = block(sequence(dtype=torch.float32), trace=Trace())
+    y.square().sum().backward()
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for name, p in block.named_parameters() if "momentum" not in name
+    )
+
+
+def test_15_the_losses_are_their_formulas():
+    cell, x, stream = (
+        build(loss_weights=dict.fromkeys(LOSSES, 1.0), edge_entropy_floor=1.3),
+        sequence(),
+        sequence(seed=2),
+    )
+    y, trace = run(cell, x, stream)
+    _, routing = route_by_loop(cell, x)
+    centroids, transitions = cell.centroid_norm(cell.centroids), cell.tables().transitions
+    pairs = [(i, j) for i in range(SLOTS) for j in range(SLOTS) if i != j]
+
+    def cosines(rows):
+        return torch.stack([rows[i] @ rows[j] / rows[i].norm() / rows[j].norm() for i, j in pairs])
+
+    def entropy(p):
+        return -(p * (p + 1e-8).log()).sum(-1)
+
+    usage = routing.source.mean((0, 1))
+    error = (stream + y).detach() - routing.source @ centroids
+    expected = {
+        "track": (1 - cell.momentum.sigmoid()) * error.square().mean(),
+        "ortho": cosines(cell.centroids).square().mean(),
+        "cluster": (SLOTS / 4 / entropy(usage / usage.sum()).exp().clamp(min=1) - 1).clamp(min=0),
+        "edge": (1.3 - entropy(transitions)).clamp(min=0).mean(),
+        "contrast": cosines(transitions).mean(),
+    }
+    assert_close(trace.losses, expected, 1e-7)
+    assert expected["edge"] > 0.01
+    for name, loss in expected.items():
+        assert_close(gradients_of(cell, trace.losses[name]), gradients_of(cell, loss), 1e-7)
+
+
+def test_15_every_loss_has_its_weight():
+    cell, x = build(edge_entropy_floor=1.3, usage_target=SLOTS), sequence()
+    plain = run(build(edge_entropy_floor=1.3, usage_target=SLOTS, loss_weights=dict.fromkeys(LOSSES, 1.0)), x)[1].losses
+    assert_close(run(cell, x)[1].losses, {name: LOSSES[name] * loss for name, loss in plain.items()})
+    one = build(edge_entropy_floor=1.3, usage_target=SLOTS, loss_weights={"ortho": 3.0})
+    assert_close(run(one, x)[1].losses, {n: (LOSSES | {"ortho": 3.0})[n] * loss for n, loss in plain.items()})
+    assert min(plain.values()) > 1e-3
+
+
+def test_15_cluster_is_zero_at_uniform_usage_and_grows_as_slots_fall_idle():
+    x = sequence()
+    uniform = build(temperature=1e9, usage_target=SLOTS, loss_weights={"cluster": 1.0})
+    assert run(uniform, x)[1].losses["cluster"].item() == pytest.approx(0.0, abs=1e-6)
+    alone = build(temperature=0.01, usage_target=SLOTS, loss_weights={"cluster": 1.0})
+    at_one = alone.centroid_norm(alone.centroids)[2].detach().expand(2, 3, DIM)
+    assert run(alone, at_one)[1].losses["cluster"].item() == pytest.approx(SLOTS - 1, abs=1e-4)
+
+
+@pytest.mark.parametrize("slots", [3, 5, 9])
+def test_15_edge_and_contrast_of_even_edges(slots):
+    for floor in (0.5, 4.0):
+        cell = build(num_slots=slots, edge_entropy_floor=floor, loss_weights={"edge": 1.0, "contrast": 1.0})
+        with torch.no_grad():
+            cell.edges.zero_()
+        losses = run(cell, sequence())[1].losses
+        assert losses["edge"].item() == pytest.approx(max(0.0, floor - math.log(slots - 1)), abs=1e-6)
+        assert losses["contrast"].item() == pytest.approx((slots - 2) / (slots - 1), abs=1e-12)
+
+
+def test_15_ortho_of_orthonormal_centroids_is_zero_whatever_their_norm_makes_of_them():
+    cell = build(loss_weights={"ortho": 1.0})
+    with torch.no_grad():
+        cell.centroids.copy_(torch.linalg.qr(randn(DIM, DIM))[0][:SLOTS])
+    assert run(cell, sequence())[1].losses["ortho"].item() == pytest.approx(0.0, abs=1e-28)
+    with torch.no_grad():
+        cell.centroids.copy_(cell.centroids[:1].expand(SLOTS, DIM))
+    assert run(cell, sequence())[1].losses["ortho"].item() == pytest.approx(1.0)
+
+
+def test_15_track_does_not_move_the_stream_and_nothing_else_moves_the_momentum():
+    cell, stream = build(edge_entropy_floor=1.3, usage_target=SLOTS), sequence(seed=2).requires_grad_()
+    y, trace = run(cell, sequence(), stream)
+    losses = trace.losses
+    assert torch.autograd.grad(losses["track"], stream, allow_unused=True, retain_graph=True) == (None,)
+    track = gradients_of(cell, losses["track"])
+    assert track["momentum"].abs() > 1e-4
+    for name in ("movement_norm.weight", "movement_norm.bias", "gate", "edges", "query.weight"):
+        assert not track[name].any()
+    for value in (y.square().sum(), *(loss for name, loss in losses.items() if name != "track")):
+        assert gradients_of(cell, value)["momentum"] == 0
+
+
+def test_15_the_losses_of_a_model_are_the_mean_over_its_cells():
+    cells, x, trace = [build(seed=seed, edge_entropy_floor=1.3) for seed in (0, 1)], sequence(), Trace()
+    for number, cell in enumerate(cells):
+        cell(x, trace=trace.scope(f"blocks.{number}.ffn"))
+    alone = [run(cell, x)[1].losses for cell in cells]
+    assert_close(trace.losses, {name: (alone[0][name] + alone[1][name]) / 2 for name in LOSSES}, 1e-14)
+
+
+def test_15_defaults_of_the_targets():
+    with torch.device("meta"):
+        official, small, two = (GraphMemoryCell(8, num_slots=slots, navigation_dim=2) for slots in (128, 32, 2))
+    assert (official.edge_entropy_floor, official.usage_target) == (4.0, 32.0)
+    assert small.edge_entropy_floor == pytest.approx(4.0 * math.log(31) / math.log(127))
+    assert (small.usage_target, two.edge_entropy_floor) == (8.0, 0.0)
+
+
+def test_losses_are_reported_in_eval_and_nothing_without_a_trace():
+    cell, x = build(), sequence()
+    losses = run(cell, x)[1].losses
+    assert_close(run(cell.eval(), x)[1].losses, losses)
+    state = dict(vars(cell.train()))
+    cell(x)
+    assert vars(cell).keys() == state.keys()
+
+
+def test_bfloat16_autocast_is_routed_in_float32():
+    """The norms and products around the routing may be narrow; what the tokens are compared with is not."""
+    cell, x = build(dtype=torch.float32, temperature=0.1), sequence(dtype=torch.float32)
+    expected = cell.route(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, y = cell.route(x), cell(x)
+        narrow = cell(x.bfloat16())
+    assert_close(actual, expected, 1e-6)
+    assert_close(y.float(), cell(x), 0.02)
+    assert_close(narrow.float(), cell(x.bfloat16().float()), 0.02)
+
+
+def test_losses_and_signals_do_not_depend_on_autocast():
+    cell, x = build(dtype=torch.float32, edge_entropy_floor=1.3, usage_target=SLOTS), sequence(dtype=torch.float32)
+    expected, actual = Trace(), Trace()
+    cell(x, trace=expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        cell(x, trace=actual)
+    assert_close(actual.losses, expected.losses, 1e-5)
+    assert_close(actual.signals, expected.signals, 1e-4)
+    assert_close(actual.statistics, expected.statistics, 1e-4)
+
+
+def test_it_runs_on_the_meta_device():
+    with torch.device("meta"):
+        y = GraphMemoryCell(DIM, num_slots=SLOTS, navigation_dim=NAVIGATION)(torch.empty(2, 3, DIM))
+    assert (y.device.type, y.shape) == ("meta", (2, 3, DIM))
+
+
+def test_a_bfloat16_cell_trains():
+    cell = build(dtype=torch.bfloat16, write_back="deferred")
+    y, trace = run(cell, sequence(dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert all(tensor.dtype != torch.bfloat16 for name, tensor in trace.statistics.items() if name.startswith("write"))
+    gradients = gradients_of(cell, y.float().square().sum() + sum(trace.losses.values()))
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dim": 0}, "dim=0"),
+        ({"dim": 6.0}, "dim=6.0"),
+        ({"num_slots": 1}, "num_slots=1"),
+        ({"num_slots": 0}, "num_slots=0"),
+        ({"navigation_dim": 0}, "navigation_dim=0"),
+        ({"distance_floor": 0.0}, "distance_floor=0.0"),
+        ({"distance_floor": -0.1}, "distance_floor=-0.1"),
+        ({"distance_floor": math.nan}, "distance_floor=nan"),
+        ({"edge_mode": "logits"}, "edge_mode='logits'"),
+        ({"hops": 0}, "hops=0"),
+        ({"hops": 1.5}, "hops=1.5"),
+        ({"write_back": "on"}, "write_back='on'"),
+        ({"write_back": True}, "write_back=True"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"gate_init": math.nan}, "gate_init=nan"),
+        ({"momentum_init": math.nan}, "momentum_init=nan"),
+        ({"edge_entropy_floor": -1.0}, "edge_entropy_floor=-1.0"),
+        ({"usage_target": -1.0}, "usage_target=-1.0"),
+        ({"loss_weights": {"balance": 1.0}}, "balance"),
+        ({"loss_weights": {"ortho": -1.0}}, "ortho"),
+        ({"loss_weights": {"ortho": math.nan}}, "ortho"),
+    ],
+)
+def test_bad_options_are_refused_by_name_and_value(options, words):
+    with pytest.raises(ValueError, match=words):
+        GraphMemoryCell(**{"dim": DIM, "num_slots": SLOTS, "navigation_dim": NAVIGATION} | options)
+
+
+@pytest.mark.parametrize(
+    ("x", "residual", "words"),
+    [
+        (torch.zeros(2, 3, DIM + 1), None, "x has shape"),
+        (torch.zeros(2, DIM), None, "x has shape"),
+        (torch.zeros(2, 0, DIM), None, "no tokens"),
+        (torch.zeros(2, 3, DIM, dtype=torch.long), None, "x has dtype torch.int64"),
+        (torch.zeros(2, 3, DIM, dtype=torch.float64), None, "x has dtype torch.float64"),
+        (torch.zeros(2, 3, DIM), torch.zeros(2, 4, DIM), "residual has shape"),
+        (torch.zeros(2, 3, DIM), torch.zeros(1, 3, DIM), "residual has shape"),
+        (torch.zeros(2, 3, DIM), torch.zeros(2, 3, 1), "residual has shape"),
+    ],
+)
+def test_bad_inputs_are_refused(x, residual, words):
+    with pytest.raises(ValueError, match=words):
+        build(dtype=torch.float32)(x, residual=residual)
+
+
+def test_a_bad_input_to_route_is_refused():
+    with pytest.raises(ValueError, match="x has shape"):
+        build(dtype=torch.float32).route(torch.zeros(2, 3, DIM + 1))

@@ -1,0 +1,547 @@
+"""What changes graph memories besides the gradient, and what their evaluation keeps; numbers: the spec, section 16."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+
+from memzoo.layers.graph_memory_upkeep import commit, join, maintain, set_temperature
+from memzoo.layers.trace import Trace
+from tests.layers.graph_memory_cases import DIM, SLOTS, assert_close, buffers_of, build, few_cases, randn, run, written
+
+
+class Stack(nn.Module):
+    """A residual stream with one cell after the other."""
+
+    def __init__(self, depth=2, **options):
+        super().__init__()
+        self.cells = nn.ModuleList(build(seed=seed, **options) for seed in range(depth))
+
+    def forward(self, x, trace=None):
+        for number, cell in enumerate(self.cells):
+            x = x + cell(x, residual=x, trace=None if trace is None else trace.scope(f"cells.{number}"))
+        return x
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def statistics_of(model, x):
+    trace = Trace(signals=False)
+    model(x, trace=trace)
+    return trace.statistics
+
+
+def unit_rows(count, seed=3):
+    return nn.functional.normalize(randn(count, DIM, seed=seed), dim=-1)
+
+
+def cell_at(centroids, usage=None, age=None, **options):
+    """A cell whose slots are in a known condition; by default orthogonal, in use and old."""
+    cell = build(num_slots=len(centroids), **options)
+    with torch.no_grad():
+        cell.centroids.copy_(centroids)
+        cell.usage.copy_(torch.full((len(centroids),), 1 / len(centroids)) if usage is None else torch.tensor(usage))
+        cell.age.copy_(torch.full((len(centroids),), 200) if age is None else torch.tensor(age))
+    return cell
+
+
+def orthogonal():
+    return torch.linalg.qr(randn(DIM, DIM))[0][:SLOTS]
+
+
+# Commits
+
+
+@given(seed=st.integers(0, 1000), momentum=st.sampled_from([-2.0, 1.0, 4.6]))
+@few_cases
+def test_13_a_commit_is_the_closed_form(seed, momentum):
+    cell, x, stream = build(write_back="deferred"), randn(2, 7, DIM, seed=seed), randn(2, 7, DIM, seed=seed + 1)
+    with torch.no_grad():
+        cell.momentum.fill_(momentum)
+    y, trace = run(cell, x, stream)
+    expected = written(cell, stream + y, cell.route(x).source)
+    cell.commit(trace.statistics)
+    assert_close(buffers_of(cell), expected, 1e-12)
+    assert_close(cell.centroids.norm(dim=-1), torch.ones(SLOTS, dtype=torch.float64), 1e-14)
+
+
+def test_13_without_a_stream_the_input_stands_in_for_it():
+    cell, x = build(write_back="deferred"), randn(2, 7, DIM)
+    y, trace = run(cell, x)
+    expected = written(cell, x + y, cell.route(x).source)
+    cell.commit(trace.statistics)
+    assert_close(buffers_of(cell), expected, 1e-12)
+
+
+def test_13_slots_without_tokens_keep_their_direction():
+    cell = cell_at(orthogonal(), write_back="deferred", temperature=0.01)
+    towards = cell.centroid_norm(cell.centroids).detach()[[0, 3]]
+    before = cell.centroids.detach().clone()
+    cell.commit(run(cell, towards.expand(4, 2, DIM))[1].statistics)
+    moved = (cell.centroids - before).abs().amax(-1) > 1e-3
+    assert moved.tolist() == [True, False, False, True, False]
+    assert_close(cell.centroids[~moved], before[~moved], 1e-14)
+
+
+def test_13_a_momentum_of_one_only_normalises():
+    cell = build(write_back="deferred")
+    with torch.no_grad():
+        cell.momentum.fill_(math.inf)
+    expected = cell.centroids / cell.centroids.norm(dim=-1, keepdim=True)
+    cell.commit(run(cell, randn(2, 7, DIM))[1].statistics)
+    assert_close(cell.centroids, expected, 1e-14)
+
+
+def test_13_a_commit_uses_the_momentum_and_centroids_of_after_the_step():
+    cell, x = build(write_back="deferred"), randn(2, 7, DIM)
+    y, trace = run(cell, x)
+    source = cell.route(x).source
+    with torch.no_grad():
+        cell.momentum.sub_(1)
+        cell.centroids.mul_(2)
+    expected = written(cell, x + y, source)
+    cell.commit(trace.statistics)
+    assert_close(buffers_of(cell), expected, 1e-12)
+
+
+def test_13_without_write_back_usage_and_ages_advance_alone():
+    cell, x = build(), randn(2, 7, DIM)
+    y, trace = run(cell, x)
+    expected = written(cell, x + y, cell.route(x).source) | {"centroids": cell.centroids.detach().clone()}
+    cell.commit(trace.statistics)
+    assert_close(buffers_of(cell), expected, 1e-12)
+
+
+def test_13_a_commit_of_what_was_written_at_once_changes_nothing():
+    model, x = Stack(write_back="reference"), randn(2, 7, DIM)
+    statistics = statistics_of(model, x)
+    before = copy.deepcopy(model.state_dict())
+    commit(model, statistics)
+    assert_close(model.state_dict(), before, 0)
+
+
+def test_a_model_commits_to_each_cell_its_own():
+    model, x = Stack(write_back="deferred"), randn(2, 7, DIM)
+    statistics, expected = statistics_of(model, x), []
+    for cell in model.cells:
+        y = cell(x).detach()
+        expected.append(written(cell, x + y, cell.route(x).source))
+        x = x + y
+    commit(model, statistics)
+    for cell, values in zip(model.cells, expected, strict=True):
+        assert_close(buffers_of(cell), values, 1e-12)
+
+
+def test_a_cell_alone_is_a_model_too():
+    cell, other, x = build(write_back="deferred"), build(write_back="deferred"), randn(2, 7, DIM)
+    commit(cell, run(cell, x)[1].statistics)
+    other.commit(run(other, x)[1].statistics)
+    assert_close(buffers_of(cell), buffers_of(other), 0)
+
+
+@pytest.mark.parametrize("cuts", [(2,), (1, 4)])
+def test_micro_batches_joined_are_one_batch(cuts):
+    x = randn(5, 7, DIM)
+    whole, parts = Stack(write_back="deferred"), Stack(write_back="deferred")
+    commit(whole, statistics_of(whole, x))
+    pieces = [statistics_of(parts, piece) for piece in x.tensor_split(cuts)]
+    joined = join(pieces)
+    commit(parts, joined)
+    assert_close(parts.state_dict(), whole.state_dict(), 1e-12)
+    assert_close(joined["cells.1.states"], pieces[-1]["cells.1.states"], 0)
+    assert joined["cells.0.tokens"] == 35
+
+
+def test_joining_leaves_its_parts_as_they_were():
+    model = Stack(write_back="deferred")
+    parts = [statistics_of(model, randn(1, 4, DIM, seed=seed)) for seed in (1, 2)]
+    before = copy.deepcopy(parts)
+    join(parts)
+    for part, old in zip(parts, before, strict=True):
+        assert_close(part, old, 0)
+    assert_close(join(parts[:1]), parts[0], 0)
+
+
+@pytest.mark.parametrize("name", ["source_mass", "tokens", "write_sums", "write_counts"])
+def test_statistics_that_are_missing_or_of_another_shape_are_refused_by_name(name):
+    model = Stack(write_back="deferred")
+    statistics, before = statistics_of(model, randn(1, 4, DIM)), copy.deepcopy(model.state_dict())
+    missing = {path: value for path, value in statistics.items() if path != f"cells.0.{name}"}
+    with pytest.raises(ValueError, match=name):
+        commit(model, missing)
+    with pytest.raises(ValueError, match=name):
+        commit(model, statistics | {f"cells.0.{name}": torch.zeros(3, 2)})
+    assert_close(model.state_dict(), before, 0)
+
+
+def test_a_commit_leaves_no_gradient_and_training_goes_on():
+    model = Stack(write_back="deferred")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for seed in (1, 2):
+        trace = Trace(signals=False)
+        (model(randn(1, 4, DIM, seed=seed), trace=trace).square().mean() + sum(trace.losses.values())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        commit(model, trace.statistics)
+    assert all(p.is_leaf and p.requires_grad for p in model.parameters())
+    assert model.cells[0].age.tolist() == [2] * SLOTS
+
+
+def test_the_temperature_of_all_cells_is_set_at_once():
+    model = Stack()
+    set_temperature(model, 0.25)
+    assert [cell.temperature.item() for cell in model.cells] == [0.25, 0.25]
+    assert_close(model.cells[0](randn(1, 4, DIM)), build(temperature=0.25)(randn(1, 4, DIM)), 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature="):
+        set_temperature(Stack(), temperature)
+
+
+def test_a_model_without_cells_is_refused():
+    model = nn.Linear(2, 2)
+    for call in (
+        lambda: set_temperature(model, 1.0),
+        lambda: commit(model, {}),
+        lambda: maintain(model, {}, generator()),
+    ):
+        with pytest.raises(ValueError, match="GraphMemoryCell"):
+            call()
+
+
+# Maintenance
+
+
+def test_dead_slots_restart_at_tokens():
+    cell = cell_at(orthogonal(), usage=[0.5, 9e-4, 1.1e-3, 0.0, 0.4])
+    before, states = buffers_of(cell), randn(7, DIM, seed=8)
+    assert cell.maintain(states, generator()) == {"reset": 2, "merged": 0}
+    directions = states / states.norm(dim=-1, keepdim=True)
+    for slot in (1, 3):
+        assert (cell.centroids[slot] - directions).abs().amax(-1).min() < 1e-14
+        assert (cell.usage[slot].item(), cell.age[slot].item()) == (pytest.approx(0.2), 0)
+    for slot in (0, 2, 4):
+        for name, value in buffers_of(cell).items():
+            assert torch.equal(value[slot], before[name][slot])
+
+
+def test_more_than_half_dead_restart_anywhere():
+    """Three of five are more than half, two of four are not."""
+    states = torch.eye(DIM, dtype=torch.float64)[:1]
+    many = cell_at(orthogonal(), usage=[0.5, 0.0, 0.0, 0.0, 0.5])
+    assert many.maintain(states, generator())["reset"] == 3
+    new = many.centroids[1:4]
+    assert_close(new.norm(dim=-1), torch.ones(3, dtype=torch.float64), 1e-6)
+    assert (new @ new.T - torch.eye(3)).abs().amax() < 0.95
+    assert (new @ states.T).abs().amax() < 0.999
+    assert many.age.tolist() == [200, 0, 0, 0, 200]
+    half = cell_at(orthogonal()[:4], usage=[0.5, 0.0, 0.0, 0.5])
+    assert half.maintain(states, generator())["reset"] == 2
+    assert_close(half.centroids[1:3], states.expand(2, DIM), 1e-14)
+
+
+def test_random_directions_are_gaussian():
+    cell = cell_at(unit_rows(400), usage=[0.0] * 400)
+    assert cell.maintain(randn(1, DIM), generator())["reset"] == 400
+    assert cell.centroids.mean(0).abs().max() < 5 * (DIM * 400) ** -0.5
+    assert_close(cell.centroids.square().mean(0), torch.full((DIM,), 1 / DIM, dtype=torch.float64), 0.05)
+
+
+def near(row, cosine):
+    """A unit row at that cosine from ``row``."""
+    other = orthogonal()[4]
+    return cosine * row + math.sqrt(1 - cosine**2) * (other - (other @ row) * row)
+
+
+@pytest.mark.parametrize("less_used", [0, 2])
+def test_of_two_close_slots_the_less_used_one_restarts(less_used):
+    rows, usage = orthogonal(), [0.3, 0.2, 0.3, 0.2, 0.2]
+    rows[2], usage[less_used] = near(rows[0], 0.96), 0.1
+    cell, states = cell_at(rows, usage), randn(7, DIM, seed=8)
+    before = buffers_of(cell)
+    assert cell.maintain(states, generator()) == {"reset": 0, "merged": 1}
+    directions = states / states.norm(dim=-1, keepdim=True)
+    assert (cell.centroids[less_used] - directions).abs().amax(-1).min() < 1e-14
+    assert (cell.usage[less_used].item(), cell.age[less_used].item()) == (pytest.approx(0.2), 0)
+    for slot in {*range(SLOTS)} - {less_used}:
+        for name, value in buffers_of(cell).items():
+            assert torch.equal(value[slot], before[name][slot])
+
+
+@pytest.mark.parametrize(("cosine", "ages", "merged"), [(0.96, (100, 100), 1), (0.94, (100, 100), 0)])
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_only_directions_close_enough_are_merged(cosine, ages, merged, scale):
+    rows = orthogonal()
+    rows[1] = scale * near(rows[0], cosine)
+    cell = cell_at(rows, age=[*ages, 200, 200, 200])
+    assert cell.maintain(randn(7, DIM, seed=8), generator())["merged"] == merged
+
+
+@pytest.mark.parametrize(("ages", "merged"), [((100, 100), 1), ((99, 100), 0), ((100, 99), 0), ((0, 0), 0)])
+def test_young_slots_are_not_merged(ages, merged):
+    rows = orthogonal()
+    rows[1] = near(rows[0], 0.99)
+    cell = cell_at(rows, age=[*ages, 200, 200, 200])
+    assert cell.maintain(randn(7, DIM, seed=8), generator())["merged"] == merged
+
+
+def test_a_pair_is_looked_at_again_after_each_merge():
+    """Three equal slots: 0 restarts for 1, which leaves nothing to be done for 0 and 2; then 1 restarts for 2."""
+    rows, state = orthogonal(), orthogonal()[4:]
+    rows[1], rows[2], rows[4] = rows[0], rows[0], near(rows[3], 0.5)
+    cell = cell_at(rows, usage=[0.1, 0.2, 0.3, 0.2, 0.2])
+    assert cell.maintain(state, generator())["merged"] == 2
+    assert_close(cell.centroids[:2], state.expand(2, DIM), 1e-14)
+    assert_close(cell.centroids[2], rows[2], 0)
+    assert cell.age.tolist() == [0, 0, 200, 200, 200]
+
+
+def test_slots_just_reset_are_too_young_to_merge():
+    cell = cell_at(orthogonal(), usage=[0.5, 0.0, 0.0, 0.2, 0.2])
+    assert cell.maintain(randn(1, DIM, seed=8), generator()) == {"reset": 2, "merged": 0}
+    assert_close(cell.centroids[1], cell.centroids[2], 0)
+
+
+def worn(dead):
+    rows = orthogonal()
+    rows[1] = near(rows[0], 0.99)
+    return cell_at(rows, usage=[0.3, 0.2, 0.3, 0.3, 0.3][: SLOTS - dead] + [0.0] * dead)
+
+
+@pytest.mark.parametrize("dead", [2, 3])
+def test_maintenance_is_its_own_generators_affair(dead):
+    """With tokens for the dead ones, and with random directions."""
+    states, results = randn(50, DIM, seed=8), []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        cell = worn(dead)
+        torch.manual_seed(noise)
+        state = torch.random.get_rng_state()
+        assert cell.maintain(states, generator(seed)) == {"reset": dead, "merged": 1}
+        assert torch.equal(torch.random.get_rng_state(), state)
+        results.append(cell.centroids.detach())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_there_may_be_nothing_to_do():
+    cell = cell_at(orthogonal())
+    before = buffers_of(cell)
+    assert cell.maintain(randn(7, DIM), generator()) == {"reset": 0, "merged": 0}
+    assert_close(buffers_of(cell), before, 0)
+
+
+@pytest.mark.parametrize("states", [torch.zeros(3, DIM + 1), torch.zeros(0, DIM), torch.zeros(2, 3, DIM)])
+def test_states_that_are_none_are_refused(states):
+    with pytest.raises(ValueError, match="states has shape"):
+        build().maintain(states, generator())
+
+
+@pytest.mark.parametrize("states", ["last", "own"])
+def test_a_model_restarts_slots_at_the_last_cells_tokens_or_at_each_cells_own(states):
+    model = Stack(3)
+    statistics = statistics_of(model, randn(2, 7, DIM))
+    for cell in model.cells:
+        cell.usage[1] = 0
+    assert maintain(model, statistics, generator(), states=states) == {"reset": 3, "merged": 0}
+    for number, cell in enumerate(model.cells):
+        rows = statistics[f"cells.{2 if states == 'last' else number}.states"]
+        directions = rows / rows.norm(dim=-1, keepdim=True)
+        assert (cell.centroids[1] - directions).abs().amax(-1).min() < 1e-14
+
+
+def test_a_model_is_not_maintained_without_states_or_by_a_word_that_means_nothing():
+    model = Stack()
+    statistics = statistics_of(model, randn(2, 7, DIM))
+    with pytest.raises(ValueError, match=r"cells\.1\.states"):
+        maintain(model, {name: s for name, s in statistics.items() if name != "cells.1.states"}, generator())
+    with pytest.raises(ValueError, match="states='first'"):
+        maintain(model, statistics, generator(), states="first")
+
+
+# What is kept in evaluation
+
+
+def evaluated(cell, x):
+    """The output in evaluation, without setting a mode that is set: that would drop what is kept."""
+    with torch.no_grad():
+        return (cell.eval() if cell.training else cell)(x)
+
+
+def fresh(cell, x):
+    """What a cell that has kept nothing gives."""
+    other = build(dtype=cell.centroids.dtype)
+    other.load_state_dict(cell.state_dict())
+    return other(x).detach()
+
+
+def step_of(optimizer, **options):
+    def change(cell):
+        adapt = optimizer(cell.parameters(), lr=0.1, **options)
+        with torch.enable_grad():
+            cell(randn(1, 4, DIM)).square().sum().backward()
+        adapt.step()
+
+    return change
+
+
+def in_place(name):
+    @torch.no_grad()
+    def change(cell):
+        cell.get_parameter(name).mul_(1.5).add_(0.1 * randn(*cell.get_parameter(name).shape))
+
+    return change
+
+
+def replace_parameters(cell):
+    for module in cell.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            setattr(module, name, nn.Parameter(parameter.detach() + 0.1))
+
+
+CHANGES = {
+    "sgd": step_of(torch.optim.SGD),
+    "adamw": step_of(torch.optim.AdamW),
+    "adamw, loop": step_of(torch.optim.AdamW, foreach=False),
+    "adamw, foreach": step_of(torch.optim.AdamW, foreach=True),
+    "adamw, fused": step_of(torch.optim.AdamW, fused=True),
+    "load_state_dict": lambda cell: cell.load_state_dict(build(seed=9).state_dict()),
+    "load_state_dict, assign": lambda cell: cell.load_state_dict(build(seed=9).state_dict(), assign=True),
+    "load into the parent": lambda cell: nn.ModuleList([cell]).load_state_dict(nn.ModuleList([build(9)]).state_dict()),
+    "new parameters": replace_parameters,
+    "reset_parameters": lambda cell: cell.reset_parameters(),
+    "vector_to_parameters": lambda cell: nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(build(9).parameters()), cell.parameters()
+    ),
+    "temperature": lambda cell: set_temperature(cell, 0.3),
+    "maintenance": lambda cell: (cell.usage.zero_(), cell.maintain(randn(7, DIM), generator())),
+} | {
+    f"in place: {name}": in_place(name)
+    for name in (
+        "centroids",
+        "edges",
+        "query.weight",
+        "key.weight",
+        "gate",
+        "centroid_norm.weight",
+        "movement_norm.bias",
+    )
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_evaluation_never_uses_what_is_stale(change):
+    cell, x = build(), randn(2, 7, DIM)
+    before = evaluated(cell, x)
+    assert_close(before, fresh(cell, x), 1e-12)
+    CHANGES[change](cell)
+    after = evaluated(cell, x)
+    assert_close(after, fresh(cell, x), 1e-12)
+    assert (after - before).abs().max() > 1e-4
+    assert not cell.training
+
+
+def test_a_commit_in_evaluation_is_seen():
+    cell, x = build(write_back="deferred"), randn(2, 7, DIM)
+    statistics = run(cell, x)[1].statistics
+    before = evaluated(cell, x)
+    cell.commit(statistics)
+    assert (evaluated(cell, x) - before).abs().max() > 1e-3
+    assert_close(evaluated(cell, x), fresh(cell, x), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_follows_the_dtype(dtype):
+    cell, x = build(), randn(2, 7, DIM)
+    exact = evaluated(cell, x)
+    cell.to(dtype)
+    assert evaluated(cell, x.to(dtype)).dtype == dtype
+    assert_close(evaluated(cell, x.to(dtype)), fresh(cell, x.to(dtype)), 1e-6 if dtype == torch.float32 else 0.02)
+    assert_close(evaluated(build().to(torch.float32).double(), x), exact, 1e-4)
+    cell.double()
+    assert_close(evaluated(cell, x), fresh(cell, x), 1e-12)
+
+
+def test_a_copy_keeps_its_own():
+    cell, x = build(), randn(2, 7, DIM)
+    before = evaluated(cell, x)
+    other = copy.deepcopy(cell)
+    assert_close(evaluated(other, x), before, 0)
+    in_place("centroids")(other)
+    assert_close(evaluated(other, x), fresh(other, x), 1e-12)
+    assert_close(evaluated(cell, x), before, 0)
+    assert (evaluated(other, x) - before).abs().max() > 1e-3
+
+
+def test_other_parameters_for_one_call_are_used_for_one_call():
+    cell, x, other = build(), randn(2, 7, DIM), build(seed=9)
+    before = evaluated(cell, x)
+    with torch.no_grad():
+        assert_close(functional_call(cell, dict(other.named_parameters()), (x,)), evaluated(other, x), 0)
+    assert_close(evaluated(cell, x), before, 0)
+
+
+def test_an_ensemble_is_evaluated_in_one_call():
+    cells, x = [build(seed=seed).eval() for seed in range(2)], randn(2, 7, DIM)
+    parameters, buffers = torch.func.stack_module_state(cells)
+    with torch.no_grad():
+        y = torch.vmap(lambda p, b: functional_call(cells[0], (p, b), (x,)))(parameters, buffers)
+    assert_close(y, torch.stack([evaluated(cell, x) for cell in cells]), 1e-12)
+
+
+def test_inference_mode_and_no_grad_may_alternate():
+    cell, x = build(), randn(2, 7, DIM)
+    before = evaluated(cell, x)
+    with torch.inference_mode():
+        assert_close(cell(x), before, 0)
+        in_place("edges")(cell)
+        cell(x)
+    assert_close(evaluated(cell, x), fresh(cell, x), 1e-12)
+    cell.train()
+    cell(x).sum().backward()
+    with torch.inference_mode():
+        made_there = build().eval()
+        first = made_there(x)
+        made_there.centroids.mul_(torch.linspace(1, 2, SLOTS, dtype=torch.float64)[:, None] * randn(SLOTS, DIM))
+        assert (made_there(x) - first).abs().max() > 1e-3
+
+
+def test_what_is_kept_is_never_saved_and_makes_evaluation_exact():
+    cell, x = build(), randn(2, 7, DIM)
+    names, trained, size = [*cell.state_dict()], cell(x).detach(), len(pickle.dumps(cell.eval()))
+    assert_close(evaluated(cell, x), trained, 1e-12)
+    assert [*cell.state_dict()] == names
+    assert len(pickle.dumps(cell)) == size
+    assert torch.equal(evaluated(cell, x), evaluated(cell, x))
+    with torch.no_grad():
+        assert cell.tables() is cell.tables()
+        assert not cell.tables().projection.requires_grad
+        assert cell.train().tables() is not cell.tables()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_right_after_evaluation(training):
+    x, gradients = randn(2, 7, DIM), []
+    for cell in (build(), build()):
+        if gradients:
+            evaluated(cell, x)
+            if training:
+                cell.train()
+        token = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(cell(token).square().sum(), [token, *weights_of(cell)]))
+    for right, actual in zip(*gradients, strict=True):
+        assert_close(actual, right, 1e-12)
+        assert actual.abs().max() > 1e-6
+
+
+def weights_of(cell):
+    return [parameter for name, parameter in cell.named_parameters() if name != "momentum"]

@@ -1,0 +1,365 @@
+"""GraphMemoryUpkeep: the temperature's schedule, commits after the optimiser's step, maintenance, several devices."""
+
+import itertools
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+
+from memzoo.arch import Block, CausalLM
+from memzoo.layers import Attention
+from memzoo.layers.graph_memory_cell import GraphMemoryCell
+from memzoo.layers.graph_memory_upkeep import commit, graph_memory_cells, join
+from memzoo.layers.trace import Trace
+from memzoo.lit_modules import CausalLMModule, GraphMemoryUpkeep
+from memzoo.lit_modules.graph_memory import routing_temperature
+from memzoo.recipes import recipe_path
+
+SLOTS = 6
+STEADY = {"temperature_max": 1.0, "temperature_min": 1.0}
+EAGER = {"dead_usage": 1.0, "merge_age": 0}  # every slot is dead at every maintenance
+
+
+def model(**cell) -> CausalLM:
+    torch.manual_seed(0)
+    cell = {"num_slots": SLOTS, "navigation_dim": 4, "write_back": "deferred"} | cell
+    blocks = [Block(Attention(8, num_heads=2), GraphMemoryCell(8, **cell)) for _ in range(2)]
+    return CausalLM(11, 8, blocks)
+
+
+def module(**cell) -> CausalLMModule:
+    return CausalLMModule(model(**cell), learning_rate=0.01, warmup_steps=0, schedule_steps=10)
+
+
+def batches(count: int, rows: int = 4) -> list[dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    return [{"tokens": torch.randint(11, (rows, 6), generator=draw)} for _ in range(count)]
+
+
+def loader(rows: list[dict[str, Tensor]]) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(rows, batch_size=None)
+
+
+def trainer(*callbacks: pl.Callback, **options) -> pl.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    options = {"max_epochs": 1, "enable_checkpointing": False, "num_sanity_val_steps": 0} | options
+    return pl.Trainer(callbacks=list(callbacks), **quiet, **options)
+
+
+def cells(lit: CausalLMModule) -> list[GraphMemoryCell]:
+    return list(graph_memory_cells(lit.model).values())
+
+
+def temperatures(lit: pl.LightningModule) -> set[float]:
+    return {round(cell.temperature.item(), 6) for cell in cells(lit)}
+
+
+class Seen(pl.Callback):
+    """What a run looked like, batch by batch and in evaluation; it comes after the upkeep in the list."""
+
+    def __init__(self):
+        self.temperatures, self.evaluation, self.ages, self.metrics = [], [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self.temperatures.append(temperatures(pl_module))
+        self.ages.append(cells(pl_module)[0].age.tolist())
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def on_validation_batch_start(self, trainer, pl_module, *_):
+        self.evaluation.append(temperatures(pl_module))
+
+    on_test_batch_start = on_validation_batch_start
+
+
+# Temperature
+
+
+def test_12_the_temperature_falls_from_1_to_a_tenth():
+    quarters = [routing_temperature(quarter / 4, 1.0, 0.1) for quarter in range(5)]
+    assert quarters == pytest.approx([1.0, 0.439, 0.240, 0.149, 0.1], abs=5e-4)
+    assert (quarters[0], quarters[4]) == (1.0, pytest.approx(0.1, rel=1e-12))
+    assert routing_temperature(0.5, 1.0, 0.1) == pytest.approx(0.2398, abs=5e-5)
+    assert routing_temperature(0.5, 2.0, 0.5) == pytest.approx(2 * 0.25**0.6201145, rel=1e-6)
+    steps = [routing_temperature(step / 100, 1.0, 0.1) for step in range(101)]
+    assert all(a > b for a, b in itertools.pairwise(steps))
+
+
+def test_the_temperature_goes_with_the_optimiser_steps_and_evaluation_sees_that_of_the_next():
+    lit, seen = module(), Seen()
+    run = trainer(GraphMemoryUpkeep(), seen, accumulate_grad_batches=2, val_check_interval=4)
+    run.fit(lit, loader(batches(8)), loader(batches(1)))
+    expected = [{round(routing_temperature(step / 4, 1.0, 0.1), 6)} for step in range(5)]
+    assert seen.temperatures == [expected[batch // 2] for batch in range(8)]
+    assert seen.evaluation == [expected[2], expected[4]]
+    assert temperatures(lit) == {0.1}
+    assert [metrics["train/temperature"] for metrics in seen.metrics] == pytest.approx(
+        [one for temperature in seen.temperatures for one in temperature], abs=1e-5
+    )
+
+
+def test_a_schedule_of_its_own_length_stays_at_its_end():
+    lit, seen = module(), Seen()
+    trainer(GraphMemoryUpkeep(schedule_steps=2), seen).fit(lit, loader(batches(4)))
+    assert seen.temperatures == [{1.0}, {round(routing_temperature(0.5, 1.0, 0.1), 6)}, {0.1}, {0.1}]
+
+
+def test_evaluation_may_have_a_temperature_of_its_own_which_training_does_not_see():
+    upkeep, plain = GraphMemoryUpkeep(evaluation_temperature=0.2), GraphMemoryUpkeep()
+    runs = []
+    for callback in (upkeep, plain):
+        lit, seen = module(), Seen()
+        run = trainer(callback, seen, val_check_interval=1)
+        run.fit(lit, loader(batches(3)), loader(batches(2)))
+        runs.append(seen.temperatures)
+        assert temperatures(lit) == {0.1}
+    assert runs[0] == runs[1]
+    lit, seen = module(temperature=0.7), Seen()
+    for evaluate in (trainer(upkeep, seen).validate, trainer(upkeep, seen).test):
+        evaluate(lit, loader(batches(1)), verbose=False)
+    assert seen.evaluation == [{0.2}, {0.2}]
+    assert temperatures(lit) == {0.7}
+
+
+# Commits
+
+
+def statistics_of(lit: CausalLMModule, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    parts = []
+    for batch in rows:
+        trace = Trace(signals=False)
+        lit.model(batch["tokens"][:, :-1], trace=trace)
+        parts.append(trace.statistics)
+    return join(parts)
+
+
+def test_a_commit_follows_every_optimiser_step_with_the_sums_of_its_micro_batches():
+    lit, by_hand, rows = module(), module(), batches(4)
+    for one in (lit, by_hand):
+        one.hparams["learning_rate"] = 0.0  # nothing but the commits changes the parameters
+    seen = Seen()
+    upkeep = GraphMemoryUpkeep(**STEADY, maintain_every=None)
+    trainer(upkeep, seen, accumulate_grad_batches=2).fit(lit, loader(rows))
+    for pair in (rows[:2], rows[2:]):
+        commit(by_hand.model, statistics_of(by_hand, pair))
+    for cell, own, new in zip(cells(lit), cells(by_hand), cells(module()), strict=True):
+        torch.testing.assert_close(cell.usage, own.usage)
+        torch.testing.assert_close(cell.centroids, own.centroids)
+        assert not torch.equal(cell.centroids, new.centroids)
+        assert cell.age.tolist() == [2] * SLOTS
+    assert [ages[0] for ages in seen.ages] == [0, 0, 1, 1]
+    assert "train/graph_reset" not in seen.metrics[-1]
+
+
+def test_a_rest_of_an_epoch_that_is_stepped_is_committed():
+    lit = module()
+    trainer(GraphMemoryUpkeep(**STEADY), accumulate_grad_batches=2, max_epochs=2).fit(lit, loader(batches(3)))
+    assert cells(lit)[0].age.tolist() == [4] * SLOTS
+
+
+# Maintenance
+
+
+def test_maintenance_comes_every_so_many_steps_and_is_counted():
+    lit, seen = module(**EAGER), Seen()
+    counted = GraphMemoryUpkeep(**STEADY, maintain_every=2)
+    trainer(counted, seen, accumulate_grad_batches=2).fit(lit, loader(batches(8)))
+    assert [metrics["train/graph_reset"] for metrics in seen.metrics] == [0] * 3 + [12] * 4 + [24]
+    assert {metrics["train/graph_merged"] for metrics in seen.metrics} == {0}
+    assert counted.counts == {"reset": 24, "merged": 0}
+    assert [ages[0] for ages in seen.ages] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("states", ["last", "own"])
+def test_slots_are_seeded_with_states_of_the_last_cell_or_of_their_own(states):
+    lit, [batch] = module(dead_usage=0.999 / SLOTS), batches(1)
+    lit.hparams["learning_rate"] = 0.0
+    for cell in cells(lit):
+        with torch.no_grad():
+            cell.usage[0] = 0  # one dead slot
+    own = statistics_of(lit, [batch])
+    trainer(GraphMemoryUpkeep(**STEADY, maintain_every=1, states=states)).fit(lit, loader([batch]))
+    for index, cell in enumerate(cells(lit)):
+        path = f"blocks.{index if states == 'own' else 1}.ffn.states"
+        assert nn.functional.cosine_similarity(own[path], cell.centroids[0].detach()[None]).max() > 1 - 1e-5
+
+
+def test_the_draws_are_of_the_seed_alone():
+    def run(seed: int, global_seed: int) -> Tensor:
+        lit = module(**EAGER)
+        torch.manual_seed(global_seed)
+        trainer(GraphMemoryUpkeep(**STEADY, maintain_every=2, seed=seed)).fit(lit, loader(batches(2)))
+        return cells(lit)[0].centroids.detach()
+
+    assert torch.equal(run(0, 0), run(0, 1))
+    assert not torch.equal(run(0, 0), run(1, 0))
+
+
+def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path):
+    def run(*callbacks, path=None, **options) -> CausalLMModule:
+        lit = module(**EAGER)
+        upkeep = GraphMemoryUpkeep(maintain_every=1, schedule_steps=6)
+        run = trainer(upkeep, *callbacks, max_epochs=-1, accumulate_grad_batches=2, **options)
+        run.fit(lit, loader(batches(1) * 10), ckpt_path=path)
+        assert upkeep.counts["reset"] == 2 * SLOTS * run.global_step
+        return lit
+
+    keep = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=2)
+    run(keep, max_steps=2, enable_checkpointing=True)
+    resumed = run(max_steps=5, path=tmp_path / "mid.ckpt")
+    straight = run(max_steps=5)
+    torch.testing.assert_close(resumed.state_dict(), straight.state_dict(), rtol=0, atol=0)
+
+
+# Several devices
+
+
+class Replica(pl.Callback):
+    """Saves what a process has before the last step and after it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 3:
+            torch.save(pl_module.model.state_dict(), self.folder / f"{trainer.global_rank}.before.pt")
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.model.state_dict(), self.folder / f"{trainer.global_rank}.after.pt")
+
+
+class Shares(pl.LightningDataModule):
+    """The rows of every batch that are a process's own."""
+
+    def train_dataloader(self):
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        return loader([{"tokens": batch["tokens"].chunk(world)[rank]} for batch in batches(4)])
+
+
+def train(folder: Path, **options) -> None:
+    """Train four steps, the last of which ends with a slot of each cell seeded."""
+    lit = module(dead_usage=0.1, loss_weights={"cluster": 0.0})  # the one loss that is no mean over tokens
+    for cell in cells(lit):
+        cell.usage[0] = 0
+    upkeep = GraphMemoryUpkeep(**STEADY, maintain_every=4)
+    run = trainer(upkeep, Replica(folder), use_distributed_sampler=False, **options)
+    run.fit(lit, datamodule=Shares())
+
+
+def train_as(rank: int, folder: Path, port: int) -> None:
+    """Be one of two processes, as torchrun starts them."""
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in (places | address).items()})
+    train(folder, devices=2, strategy="ddp")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_two_processes_equal_each_other_and_one_that_reads_the_rows_of_both(tmp_path):
+    folders = [tmp_path / "two", tmp_path / "one"]
+    for folder in folders:
+        folder.mkdir()
+    torch.multiprocessing.spawn(train_as, args=(folders[0], free_port()), nprocs=2)
+    train(folders[1])
+    before, after = ([torch.load(folders[0] / f"{rank}.{when}.pt") for rank in (0, 1)] for when in ("before", "after"))
+    for first, second in (before, after):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(before[0], torch.load(folders[1] / "0.before.pt"), rtol=1e-4, atol=1e-6)
+    assert after[0]["blocks.0.ffn.age"].tolist() == [0] + [4] * (SLOTS - 1)
+
+
+def set_up(world_size: int, strategy: type, **cell) -> None:
+    run = SimpleNamespace(world_size=world_size, strategy=strategy.__new__(strategy))
+    GraphMemoryUpkeep().setup(run, module(**cell), "fit")
+
+
+@pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPStrategy])
+def test_a_strategy_that_shards_is_refused(strategy):
+    with pytest.raises(ValueError, match=f"strategy={strategy.__name__} shards parameters.*strategy='ddp'"):
+        set_up(1, strategy, write_back="off")
+
+
+def test_the_reference_write_back_is_refused_on_several_devices():
+    with pytest.raises(ValueError, match=r"write_back='reference'.*2 replicas of DDPStrategy.*'deferred'"):
+        set_up(2, DDPStrategy, write_back="reference")
+    set_up(1, SingleDeviceStrategy, write_back="reference")
+    set_up(2, DDPStrategy)
+
+
+# Refusals
+
+
+def test_a_model_without_cells_is_refused():
+    lit = CausalLMModule(CausalLM(11, 8, [Block(Attention(8, num_heads=2))]))
+    with pytest.raises(ValueError, match="model=CausalLM has no GraphMemoryCell"):
+        trainer(GraphMemoryUpkeep()).fit(lit, loader(batches(1)))
+
+
+def test_a_schedule_without_an_end_is_refused_unless_it_is_flat():
+    lit = module()
+    endless = {"max_epochs": -1, "max_steps": -1}
+    with pytest.raises(ValueError, match=r"temperature_max=1.0 falls to temperature_min=0.1.*schedule_steps"):
+        trainer(GraphMemoryUpkeep(), **endless).fit(lit, loader(batches(1)))
+    flat = GraphMemoryUpkeep(temperature_max=0.5, temperature_min=0.5)
+    trainer(flat, Stop(), **endless).fit(lit, loader(batches(1)))
+    assert temperatures(lit) == {0.5}
+
+
+class Stop(pl.Callback):
+    """Ends a training after its first epoch."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
+class Bare(CausalLMModule):
+    """Returns the loss alone."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx)["loss"]
+
+
+def test_a_training_step_without_statistics_is_refused():
+    with pytest.raises(ValueError, match=r"outputs=\['loss'\].*Bare has no statistics.*'statistics'"):
+        trainer(GraphMemoryUpkeep()).fit(Bare(model()), loader(batches(1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature_max": 0}, "temperature_max=0"),
+        ({"temperature_min": -0.1}, "temperature_min=-0.1"),
+        ({"evaluation_temperature": 0.0}, "evaluation_temperature=0.0"),
+        ({"schedule_steps": 0}, "schedule_steps=0"),
+        ({"maintain_every": 0}, "maintain_every=0.*None for no maintenance"),
+        ({"states": "first"}, "states='first'"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GraphMemoryUpkeep(**options)
+
+
+# The recipe
+
+
+def test_the_base_recipe_trains_as_the_official_code():
+    recipe = yaml.safe_load(recipe_path("gmt/base").read_text())
+    trainer, data, model = recipe["trainer"], recipe["data"]["init_args"], recipe["model"]["init_args"]
+    assert data["batch_size"] * data["sequence_length"] * trainer["accumulate_grad_batches"] == 270_336
+    assert (model["decay"], model["betas"], model["final_fraction"]) == ("all", [0.9, 0.95], 0.0)
