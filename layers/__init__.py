@@ -10,6 +10,7 @@ from memzoo.layers.feedforward import FeedForward, SwiGLU
 from memzoo.layers.gated_deltanet import GatedDeltaNet
 from memzoo.layers.gated_linear_attention import GatedLinearAttention
 from memzoo.layers.gated_memory_unit import GatedMemoryUnit
+from memzoo.layers.graph_memory_cell import GraphMemoryCell
 from memzoo.layers.kimi_delta_attention import KimiDeltaAttention
 from memzoo.layers.linear_attention import LinearAttention
 from memzoo.layers.mamba import Mamba, MambaState
@@ -48,6 +49,7 @@ __all__ = [
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedMemoryUnit",
+    "GraphMemoryCell",
     "KimiDeltaAttention",
     "LayerEntry",
     "LinearAttention",

@@ -5,7 +5,7 @@ Graph Memory Transformer, "v7" (arXiv 2604.23862); the equations are those of th
 
 from collections.abc import Callable, Mapping
 from math import isnan
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from memzoo.layers.errors import check_choice, check_dtype, check_number, check_positive, check_width
 from memzoo.layers.graph_memory_losses import all_weights, default_entropy_floor, graph_losses
 from memzoo.layers.graph_memory_signals import report_signals
-from memzoo.layers.graph_memory_slots import Slots, advanced_usage, gather_writes, written
+from memzoo.layers.graph_memory_slots import Slots, advanced_usage, gather_writes, write
 from memzoo.layers.ops.graph_memory import EDGE_MODES, GraphRouting, GraphTables, graph_tables, movement, route
 from memzoo.layers.ops.precision import no_autocast, wider
 from memzoo.layers.registry import register_layer
 from memzoo.layers.trace import Trace
 
 WriteBack = Literal["off", "deferred", "reference"]
-WRITE_BACKS = ("off", "deferred", "reference")
+Written = Literal["output", "direction"]
 
 
 class GraphMemoryCell(nn.Module):
@@ -51,6 +51,9 @@ class GraphMemoryCell(nn.Module):
         write_back: "off"; "deferred": ``commit`` writes what the trace has gathered; "reference": as the official code,
             every forward pass writes at once, in evaluation too, so that results depend on the order of the batches and
             the gradients of ``centroids`` and ``centroid_norm`` are wrong (docs/graph_memory.md).
+        written: What "deferred" writes of a token: "output", what its block returns, as the official code; "direction",
+            x / |x|, which is what the centroids are compared with. The output holds the movement away from the source,
+            which drives a slot away from its own tokens (docs/graph_memory.md).
         temperature: Of the source softmax, at first.
         edge_entropy_floor: Nats that the rows of the transitions should keep; 4 ln(S - 1) / ln 127 by default, the
             official 4 for 128 slots.
@@ -97,6 +100,7 @@ class GraphMemoryCell(nn.Module):
         hops: int = 1,
         channel_gate: bool = False,
         write_back: WriteBack = "off",
+        written: Written = "output",
         temperature: float = 1.0,
         edge_entropy_floor: float | None = None,
         usage_target: float | None = None,
@@ -121,10 +125,16 @@ class GraphMemoryCell(nn.Module):
         check_number("merge_cosine", merge_cosine)
         check_number("merge_age", merge_age, zero=True)
         check_choice("edge_mode", edge_mode, EDGE_MODES)
-        check_choice("write_back", write_back, WRITE_BACKS)
+        check_choice("write_back", write_back, get_args(WriteBack))
+        check_choice("written", written, get_args(Written))
+        if written != "output" and write_back != "deferred":
+            raise ValueError(
+                f"written={written!r} is never written with write_back={write_back!r}; use write_back='deferred', or "
+                f"written='output'"
+            )
         self.dim, self.num_slots = dim, num_slots
         self.distance_floor, self.edge_mode, self.hops = distance_floor, edge_mode, hops
-        self.write_back = write_back
+        self.write_back, self.written = write_back, written
         self.edge_entropy_floor = default_entropy_floor(num_slots) if edge_entropy_floor is None else edge_entropy_floor
         self.usage_target = num_slots / 4 if usage_target is None else usage_target
         check_number("edge_entropy_floor", self.edge_entropy_floor, zero=True)
@@ -192,6 +202,8 @@ class GraphMemoryCell(nn.Module):
             if trace is not None:
                 with no_autocast(x.device):
                     self._report(trace, tables, routing, moved, stream)
+                    if self.training:
+                        self._report_statistics(trace, routing.source.detach(), x.detach(), stream)
         return y
 
     def route(self, x: Tensor) -> GraphRouting:
@@ -248,8 +260,6 @@ class GraphMemoryCell(nn.Module):
         )
         for name, loss in losses.items():
             trace.pool(name, (loss,), _mean_of_cells)
-        if self.training:
-            self._report_statistics(trace, routing.source.detach(), stream)
         if trace.wants_signals:
             report_signals(
                 trace,
@@ -264,7 +274,7 @@ class GraphMemoryCell(nn.Module):
                 dead_usage=self.dead_usage,
             )
 
-    def _report_statistics(self, trace: Trace, source: Tensor, stream: Tensor) -> None:
+    def _report_statistics(self, trace: Trace, source: Tensor, x: Tensor, stream: Tensor) -> None:
         tokens = source.flatten(0, 1)
         trace.statistic("source_mass", tokens.sum(0))
         trace.statistic("tokens", tokens.new_full((), len(tokens)))
@@ -272,7 +282,8 @@ class GraphMemoryCell(nn.Module):
         spread = torch.arange(count, device=stream.device) * len(tokens) // count
         trace.statistic("states", stream.flatten(0, 1)[spread])
         if self.write_back == "deferred":
-            sums, counts = gather_writes(source, stream)
+            written = stream if self.written == "output" else F.normalize(wider(x), dim=-1)
+            sums, counts = gather_writes(source, written)
             trace.statistic("write_sums", sums)
             trace.statistic("write_counts", counts)
 
@@ -298,7 +309,7 @@ class GraphMemoryCell(nn.Module):
         if self.write_back == "deferred":
             sums = _taken(statistics, "write_sums", (*size, self.dim))
             counts = _taken(statistics, "write_counts", size)
-            self.centroids.copy_(written(self.centroids, sums, counts, torch.sigmoid(self.momentum)))
+            self.centroids.copy_(write(self.centroids, sums, counts, torch.sigmoid(self.momentum)))
         self.usage.copy_(advanced_usage(self.usage, source_mass, tokens))
         self.age += 1
 
@@ -334,7 +345,7 @@ class GraphMemoryCell(nn.Module):
         tokens = source.flatten(0, 1)
         self.usage.copy_(advanced_usage(self.usage, tokens.sum(0), tokens.new_full((), len(tokens))))
         sums, counts = gather_writes(source, stream)
-        self.centroids.data.copy_(written(self.centroids, sums, counts, torch.sigmoid(self.momentum)))
+        self.centroids.data.copy_(write(self.centroids, sums, counts, torch.sigmoid(self.momentum)))
         self.age += 1
         self._kept = None
 

@@ -25,7 +25,7 @@ def gather_writes(source: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
     return sums, counts
 
 
-def written(centroids: Tensor, sums: Tensor, counts: Tensor, momentum: Tensor) -> Tensor:
+def write(centroids: Tensor, sums: Tensor, counts: Tensor, momentum: Tensor) -> Tensor:
     """Return normalize(m C + (1 - m) mean); a slot without tokens keeps its direction.
 
     Shape:

@@ -212,7 +212,8 @@ def _outputs(model: CausalLM) -> list[nn.Linear]:
             if not own:
                 raise ValueError(
                     f"{type(layer).__name__} of blocks[{index}] has no nn.Linear called out or down, so muP++ cannot "
-                    f"scale its residual branch; name it in the layer's residual_outputs()"
+                    f"scale its residual branch; name the one that ends it in the layer's residual_outputs(), or, if "
+                    f"none does, train without muP++"
                 )
             outputs += own
     return outputs

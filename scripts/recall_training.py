@@ -1,6 +1,6 @@
 """Train small models on tasks of recall: the plain loop that claim sets share."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,19 +55,30 @@ def train(model: nn.Module, tasks: Sequence[Task], *, steps: int, tokens: int, l
     fit(model, map(batch, range(steps)), steps=steps, learning_rate=learning_rate)
 
 
-def fit(model: nn.Module, batches: Iterable[NextTokens], *, steps: int, learning_rate: float) -> None:
-    """Train on batches, a step each: AdamW, 50 steps of warm-up, then a cosine; the layers' own losses are added."""
+def fit(
+    model: nn.Module,
+    batches: Iterable[NextTokens],
+    *,
+    steps: int,
+    learning_rate: float,
+    after: Callable[[int, Trace, float], None] = lambda step, trace, norm: None,
+) -> None:
+    """Train on batches, a step each: AdamW, 50 steps of warm-up, then a cosine; the layers' own losses are added.
+
+    ``after`` is called after every step with its number, from 1, its trace, and the norm of its gradient.
+    """
     optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=learning_rate, betas=(0.9, 0.95))
     scheduler = make_scheduler(optimizer, "cosine", warmup_steps=WARMUP_STEPS, max_steps=steps)
-    for batch in batches:
+    for step, batch in enumerate(batches, 1):
         trace = Trace(signals=False)
         logits, _ = model(batch.inputs, trace=trace)
         loss = F.cross_entropy(logits[batch.counted], batch.targets[batch.counted]) + sum(trace.losses.values())
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
+        after(step, trace, float(norm))
 
 
 def recalled(model: nn.Module, settings: Mapping[str, Any], *, answers: int, seed: int) -> dict[str, float]:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TRAINING = ("fit", "validate", "test", "predict")
+READING = ("generate", "inspect")  # of a checkpoint
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -73,7 +74,7 @@ def check_commands(lines: list[list[str]]) -> None:
         with redirect_stderr(errors):
             code = main([name, *options, *(["--print_config"] if name in TRAINING else [])])
         # Options are parsed before the checkpoint is looked for.
-        missing = f"memzoo: error: checkpoint='{options[1]}' does not exist" if name == "generate" else ""
+        missing = f"memzoo: error: checkpoint='{options[1]}' does not exist" if name in READING else ""
         assert code == (2 if missing else 0), (name, options, errors.getvalue())
         assert errors.getvalue().startswith(missing)
 

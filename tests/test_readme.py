@@ -53,7 +53,7 @@ def test_the_promises_are_seen() -> None:
 def test_every_command_line_is_one_that_memzoo_understands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert {command[0] for command in COMMANDS} == {"make", "memzoo"}
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     check_commands(COMMANDS)
 
 

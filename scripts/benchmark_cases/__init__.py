@@ -1,6 +1,6 @@
 """What `benchmark.py` measures: cases of variants that do the same job, ours, the loop and the peers."""
 
-from benchmark_cases import attention, bmojo, cuda, neural_memory, recurrence, state_space, titans_mac
+from benchmark_cases import attention, bmojo, cuda, graph_memory, neural_memory, recurrence, state_space, titans_mac
 
 CASES = [
     *neural_memory.CASES,
@@ -8,6 +8,7 @@ CASES = [
     *recurrence.CASES,
     *state_space.CASES,
     *bmojo.CASES,
+    *graph_memory.CASES,
     *attention.CASES,
     *cuda.CASES,
 ]

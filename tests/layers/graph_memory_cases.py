@@ -22,6 +22,10 @@ def randn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def sequence(*, time: int = 7, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    return randn(2, time, DIM, seed=seed, dtype=dtype)
+
+
 def make_case(batch: int = 2, time: int = 3, slots: int = SLOTS, seed: int = 0) -> dict[str, Tensor]:
     """What the op is given: random tensors in float64."""
     shapes = {
@@ -57,6 +61,12 @@ def route_by_loop(cell: GraphMemoryCell, x: Tensor, **options: Any) -> tuple[Ten
 def run(cell: GraphMemoryCell, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Trace]:
     trace = Trace(signals=False)
     return cell(x, residual=residual, trace=trace), trace
+
+
+def statistics_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    trace = Trace(signals=False)
+    model(x, trace=trace)
+    return trace.statistics
 
 
 def buffers_of(cell: GraphMemoryCell) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ from memzoo.layers import Attention, SwiGLU
 from memzoo.lit_modules import CausalLMModule, MuPlusPlus, coordinate_check
 from memzoo.lit_modules.cli import main
 
-TINY = list_models("*_tiny")
+WITHOUT_A_LAST_PROJECTION = ("gmt_tiny",)  # a cell ends in a norm and a gate
+TINY = [name for name in list_models("*_tiny") if name not in WITHOUT_A_LAST_PROJECTION]
 RATE, DECAY, EPS = 0.01, 0.1, 1e-8
 
 
@@ -411,3 +412,16 @@ def test_models_that_it_cannot_parametrise_are_refused():
     model.blocks[1].ffn = nn.Linear(32, 32)
     with pytest.raises(ValueError, match=r"Linear of blocks\[1\] has no nn.Linear called out or down"):
         mup.initialise(model)
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_LAST_PROJECTION)
+def test_models_of_which_a_branch_ends_in_no_projection_are_refused(name):
+    mup, model = MuPlusPlus(16, 1), create_model(name)
+    before = {path: weight.clone() for path, weight in model.state_dict().items()}
+    words = r" of blocks\[0\] has no nn.Linear called out or down, .* or, if none does, train without muP\+\+"
+    for call in (mup.initialise, mup.undrawn, partial(mup.groups, learning_rate=RATE, weight_decay=DECAY)):
+        with pytest.raises(ValueError, match=words):
+            call(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=words):
+        CausalLMModule(name, mup=mup)
