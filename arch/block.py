@@ -20,7 +20,8 @@ class ResidualBlock(nn.Module):
     Args:
         mixer: Reads the normed stream, and maybe more; has a ``dim``.
         ffn: Channel layer, ``y = ffn(x, trace=None)``; None leaves that half out. One that says ``takes_residual`` is
-            shown the stream that its output is added to: ``ffn(x, residual=stream, trace=None)``.
+            shown the stream that its output is added to, and which tokens are real:
+            ``ffn(x, residual=stream, mask=mask, trace=None)``.
         norm: Builds a norm from a width.
         normed: Whether the mixer gets the stream normed.
     """
@@ -42,11 +43,11 @@ class ResidualBlock(nn.Module):
         self.ffn_norm = None if ffn is None else norm(dim)
         self.ffn = ffn
 
-    def feed_forward(self, x: Tensor, trace: Trace | None) -> Tensor:
+    def feed_forward(self, x: Tensor, trace: Trace | None, *, mask: Tensor | None = None) -> Tensor:
         """Run the second half: ``x + ffn(norm(x))``."""
         if self.ffn is None or self.ffn_norm is None:
             return x
-        options = {"residual": x} if getattr(self.ffn, "takes_residual", False) else {}
+        options = {"residual": x, "mask": mask} if getattr(self.ffn, "takes_residual", False) else {}
         y: Tensor = self.ffn(self.ffn_norm(x), trace=None if trace is None else trace.scope("ffn"), **options)
         report_update("ffn_update", y, trace)
         return x + y
@@ -105,4 +106,4 @@ class Block(ResidualBlock):
             self.mixer_norm(x), state, mask=mask, doc_ids=doc_ids, trace=mixer_trace, donate=donate, **wanted
         )
         report_update("mixer_update", mixed, trace)
-        return self.feed_forward(x + mixed, trace), *rest
+        return self.feed_forward(x + mixed, trace, mask=mask), *rest

@@ -53,7 +53,8 @@ class GPT(CausalLM):
     masked tokens are not counted, and a call that continues a state goes on counting. There are ``context`` of them. A
     token beyond is refused, and nothing is forgotten to make room: start afresh with ``state=None``, or build the model
     with a larger ``context``. (Where the tokens lie on another device than the CPU and rows may differ, they are not
-    read for that; the device's own embedding kernel asserts it.)
+    read for that; the device's own embedding kernel asserts it. Under ``torch.compile`` with ``fullgraph=True`` a text
+    too long is refused by ``torch._dynamo.exc.Unsupported``, "Observed exception", for a graph cannot raise.)
 
     Every matrix and embedding starts with a standard deviation of 0.02, also those that write to the residual stream.
 

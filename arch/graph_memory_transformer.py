@@ -12,11 +12,8 @@ from memzoo.arch.registry import record_config, register_model
 from memzoo.layers.errors import check_choice
 from memzoo.layers.graph_memory_cell import GraphMemoryCell
 
-CELL_OPTIONS = tuple(
-    name
-    for name, parameter in inspect.signature(GraphMemoryCell).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("num_slots", "navigation_dim")
-)
+MODEL_OPTIONS = ("dim", "num_slots", "navigation_dim")  # of a cell, that are the model's own
+CELL_OPTIONS = tuple(name for name in inspect.signature(GraphMemoryCell).parameters if name not in MODEL_OPTIONS)
 CARD = ModelCard(
     name="GMT",
     title="Graph Memory Transformer, base v7",
@@ -109,6 +106,11 @@ class GraphMemoryTransformer(GPT):
     ) -> None:
         options = dict(cell or {})
         for name in options:
+            if name in MODEL_OPTIONS:
+                raise ValueError(
+                    f"cell={{{name!r}: {options[name]!r}}} is an argument of the model itself; pass "
+                    f"{name}={options[name]!r} beside cell"
+                )
             check_choice("cell option", name, CELL_OPTIONS)
         if checkpoint_blocks and options.get("write_back") == "reference":
             raise ValueError(
@@ -139,8 +141,9 @@ class GraphMemoryTransformer(GPT):
         (``memzoo.layers.graph_memory_upkeep.set_temperature``).
 
         Args:
-            state_dict: Of a model with these options, names and shapes as there; or what the official trainer saves,
-                which has it under ``"model"``.
+            state_dict: Of a model with these options, names and shapes as there; or a checkpoint that has it under
+                ``"model"``, as what the official trainer saves, or ``"state_dict"``. Buffers that are missing, such as
+                the temperature, stay as they are.
 
         Raises:
             ValueError: Names or shapes are not those of a model with these options. Nothing is loaded then.

@@ -12,10 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice, check_dtype, check_number, check_positive, check_width
+from memzoo.layers.graph_memory_kept import KeptTables, can_be_marked
 from memzoo.layers.graph_memory_losses import all_weights, default_entropy_floor, graph_losses
 from memzoo.layers.graph_memory_signals import report_signals
-from memzoo.layers.graph_memory_slots import Slots, advanced_usage, gather_writes, write
-from memzoo.layers.ops.graph_memory import EDGE_MODES, GraphRouting, GraphTables, graph_tables, movement, route
+from memzoo.layers.graph_memory_slots import (
+    Slots,
+    advanced_usage,
+    check_statistics,
+    gather_writes,
+    source_mass,
+    spread_tokens,
+    write,
+)
+from memzoo.layers.mixer import check_grid
+from memzoo.layers.ops.graph_memory import EdgeMode, GraphRouting, GraphTables, graph_tables, movement, route
 from memzoo.layers.ops.precision import no_autocast, wider
 from memzoo.layers.registry import register_layer
 from memzoo.layers.trace import Trace
@@ -60,6 +70,7 @@ class GraphMemoryCell(nn.Module):
         usage_target: Number of slots that should be in use; S / 4 by default.
         loss_weights: Weights of the auxiliary losses ``track``, ``ortho``, ``cluster``, ``edge``, ``contrast``, in
             place of the official ones.
+            A loss of weight 0 counts as 0 in the mean over the cells of a model.
         dead_usage: Usage below which maintenance seeds a slot anew.
         merge_cosine: Cosine above which it takes two slots for one.
         merge_age: Commits that both have seen before it does.
@@ -70,10 +81,10 @@ class GraphMemoryCell(nn.Module):
         age: Buffer (S,), commits since a slot was seeded.
 
     Shape:
-        x: (batch, time, dim). residual: likewise, the stream that the output is added to. Returns (batch, time, dim).
+        x, residual: (batch, time, dim). mask: (batch, time). Returns (batch, time, dim).
 
     Raises:
-        ValueError: An argument is out of its range, or ``x`` or ``residual`` does not fit.
+        ValueError: An argument is out of its range, or ``x``, ``residual`` or ``mask`` does not fit.
 
     Reference:
         Zanarini and Ferrari, arXiv 2604.23862; official code Nemesis533/GMT-GraphMemoryTransformer, src/gmt/model.py.
@@ -81,7 +92,9 @@ class GraphMemoryCell(nn.Module):
     Note:
         Without gradients in evaluation, what depends on the parameters alone is kept from call to call, and made anew
         when a parameter was changed, replaced or moved. A change through ``parameter.data`` is not seen until the next
-        ``train()`` or ``eval()``.
+        ``train()`` or ``eval()``. ``torch.compile`` keeps nothing.
+
+        The submodules hold weights, from which the tables are made; they are not called, so hooks on them do not run.
     """
 
     takes_residual = True
@@ -96,7 +109,7 @@ class GraphMemoryCell(nn.Module):
         distance_floor: float = 0.01,
         gate_init: float = 1.0,
         momentum_init: float = 4.6,
-        edge_mode: str = "prob",
+        edge_mode: EdgeMode = "prob",
         hops: int = 1,
         channel_gate: bool = False,
         write_back: WriteBack = "off",
@@ -111,9 +124,9 @@ class GraphMemoryCell(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("dim", dim)
-        if num_slots < 2:
-            raise ValueError(f"num_slots={num_slots} leaves a token nowhere to go; use a whole number >= 2")
-        check_positive("num_slots", num_slots)
+        check_positive("num_slots", num_slots, "use a whole number >= 2")
+        if num_slots == 1:
+            raise ValueError("num_slots=1 leaves a token nowhere to go; use a whole number >= 2")
         check_positive("navigation_dim", navigation_dim)
         check_positive("hops", hops)
         check_number("distance_floor", distance_floor)
@@ -124,7 +137,7 @@ class GraphMemoryCell(nn.Module):
         check_number("dead_usage", dead_usage, zero=True)
         check_number("merge_cosine", merge_cosine)
         check_number("merge_age", merge_age, zero=True)
-        check_choice("edge_mode", edge_mode, EDGE_MODES)
+        check_choice("edge_mode", edge_mode, get_args(EdgeMode))
         check_choice("write_back", write_back, get_args(WriteBack))
         check_choice("written", written, get_args(Written))
         if written != "output" and write_back != "deferred":
@@ -146,8 +159,9 @@ class GraphMemoryCell(nn.Module):
         self.edges = nn.Parameter(torch.empty(num_slots, num_slots))
         self.query = nn.Linear(dim, navigation_dim, bias=False)
         self.key = nn.Linear(dim, navigation_dim, bias=False)
-        self.gate = nn.Parameter(torch.empty(dim) if channel_gate else torch.empty(()))
-        self.momentum = nn.Parameter(torch.empty(()))
+        self.gate = nn.Parameter(torch.empty(dim if channel_gate else 1))
+        # Without the loss that moves it, data parallelism would wait for its gradient.
+        self.momentum = nn.Parameter(torch.empty(1), requires_grad=self.loss_weights["track"] > 0)
         self.centroid_norm = nn.LayerNorm(dim)
         self.movement_norm = nn.LayerNorm(dim)
         self.temperature: Tensor
@@ -156,7 +170,7 @@ class GraphMemoryCell(nn.Module):
         self.register_buffer("temperature", torch.empty(()))
         self.register_buffer("usage", torch.empty(num_slots))
         self.register_buffer("age", torch.empty(num_slots, dtype=torch.long))
-        self._kept: _KeptTables | None = None
+        self._kept: KeptTables | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -178,32 +192,38 @@ class GraphMemoryCell(nn.Module):
 
     # Forward
 
-    def forward(self, x: Tensor, *, residual: Tensor | None = None, trace: Trace | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None, trace: Trace | None = None
+    ) -> Tensor:
         """Move every token by itself.
 
         Args:
             x: The tokens, normed.
             residual: The stream that the output is added to. What is tracked and written is their sum; ``x`` stands in
                 for a stream that is not passed.
+            mask: True at real tokens; others are in no loss, statistic or write.
             trace: Collects losses, statistics for ``commit`` while training, and signals.
         """
         check_width("x", x, self.dim)
         check_dtype("x", x, self)
         if residual is not None:
             check_width("residual", residual, self.dim, like=x)
+        check_grid("mask", mask, x, boolean=True)
         tables = self.tables()
         routing = self._route(x, tables)
         moved = movement(routing, tables)
-        y = self._norm(self.movement_norm, moved, torch.sigmoid(self.gate)).to(x.dtype)
+        y = self._norm(self.movement_norm, moved, torch.sigmoid(wider(self.gate))).to(x.dtype)
         if trace is not None or self.write_back == "reference":
             stream = (x if residual is None else residual).detach() + y.detach()
             if self.write_back == "reference":  # before the losses, as there
-                self._write_at_once(routing.source.detach(), stream)
+                self._write_at_once(routing.source.detach(), stream, mask)
             if trace is not None:
                 with no_autocast(x.device):
-                    self._report(trace, tables, routing, moved, stream)
+                    self._report_losses(trace, tables, routing, stream, mask)
                     if self.training:
-                        self._report_statistics(trace, routing.source.detach(), x.detach(), stream)
+                        self._report_statistics(trace, routing.source.detach(), x.detach(), stream, mask)
+                    if trace.wants_signals:
+                        self._report_signals(trace, tables, routing, moved, mask)
         return y
 
     def route(self, x: Tensor) -> GraphRouting:
@@ -217,12 +237,13 @@ class GraphMemoryCell(nn.Module):
         if torch.compiler.is_compiling():
             return self._tables()
         weights = (self.centroids, self.edges, self.query.weight, self.key.weight, *self.centroid_norm.parameters())
-        if self.training or torch.is_grad_enabled() or not all(map(_counts_changes, weights)):
+        if self.training or torch.is_grad_enabled() or not can_be_marked(weights):
             self._kept = None  # an optimiser may be next, and not all of them let weights count their changes
             return self._tables()
-        if self._kept is None or not self._kept.holds(weights):
-            self._kept = _KeptTables(self._tables(), weights)
-        return self._kept.tables
+        kept = self._kept
+        if kept is None or not kept.are_of(weights):
+            self._kept = kept = KeptTables.of(self._tables(), weights)
+        return kept.tables
 
     def _tables(self) -> GraphTables:
         centroids = self._norm(self.centroid_norm, self.centroids)
@@ -243,51 +264,65 @@ class GraphMemoryCell(nn.Module):
         wide = wider(x)
         weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
         if gain is not None:  # of d numbers, not of all tokens
-            weight, bias = gain.to(wide.dtype) * weight, gain.to(wide.dtype) * bias
+            weight, bias = gain * weight, gain * bias
         return F.layer_norm(wide, (self.dim,), weight, bias, norm.eps)
 
-    def _report(self, trace: Trace, tables: GraphTables, routing: GraphRouting, moved: Tensor, stream: Tensor) -> None:
-        momentum = torch.sigmoid(self.momentum)
+    def _momentum(self) -> Tensor:
+        return torch.sigmoid(wider(self.momentum)).squeeze(0)
+
+    def _report_losses(
+        self, trace: Trace, tables: GraphTables, routing: GraphRouting, stream: Tensor, mask: Tensor | None
+    ) -> None:
         losses = graph_losses(
             self.loss_weights,
             tables,
             routing,
-            centroids=self.centroids,
+            centroids=wider(self.centroids),
             stream=stream,
-            momentum=momentum,
+            mask=mask,
+            momentum=self._momentum(),
             entropy_floor=self.edge_entropy_floor,
             usage_target=self.usage_target,
         )
         for name, loss in losses.items():
             trace.pool(name, (loss,), _mean_of_cells)
-        if trace.wants_signals:
-            report_signals(
-                trace,
-                routing=routing,
-                tables=tables,
-                centroids=self.centroids,
-                usage=self.usage,
-                gate=torch.sigmoid(self.gate),
-                momentum=momentum,
-                temperature=self.temperature,
-                movement=moved,
-                dead_usage=self.dead_usage,
-            )
 
-    def _report_statistics(self, trace: Trace, source: Tensor, x: Tensor, stream: Tensor) -> None:
-        tokens = source.flatten(0, 1)
-        trace.statistic("source_mass", tokens.sum(0))
-        trace.statistic("tokens", tokens.new_full((), len(tokens)))
-        count = min(self.num_slots, len(tokens))
-        spread = torch.arange(count, device=stream.device) * len(tokens) // count
-        trace.statistic("states", stream.flatten(0, 1)[spread])
+    def _report_statistics(self, trace: Trace, source: Tensor, x: Tensor, stream: Tensor, mask: Tensor | None) -> None:
+        mass, tokens = source_mass(source, mask)
+        trace.statistic("source_mass", mass)
+        trace.statistic("tokens", tokens)
+        trace.statistic("states", spread_tokens(stream, mask, 2 * self.num_slots))
         if self.write_back == "deferred":
-            written = stream if self.written == "output" else F.normalize(wider(x), dim=-1)
-            sums, counts = gather_writes(source, written)
+            content = stream if self.written == "output" else F.normalize(wider(x), dim=-1)
+            sums, counts = gather_writes(source, content, mask)
             trace.statistic("write_sums", sums)
             trace.statistic("write_counts", counts)
 
+    def _report_signals(
+        self, trace: Trace, tables: GraphTables, routing: GraphRouting, moved: Tensor, mask: Tensor | None
+    ) -> None:
+        gate = torch.sigmoid(wider(self.gate))
+        report_signals(
+            trace,
+            routing=routing,
+            tables=tables,
+            centroids=wider(self.centroids),
+            usage=self.usage,
+            gate=gate.squeeze(0) if len(gate) == 1 else gate,
+            momentum=self._momentum(),
+            temperature=self.temperature,
+            movement=moved,
+            dead_usage=self.dead_usage,
+            mask=mask,
+        )
+
     # What changes besides the gradient
+
+    def statistics(self) -> dict[str, tuple[int, ...]]:
+        """Return what ``commit`` takes: names and shapes."""
+        slots = (self.num_slots,)
+        writes = {"write_sums": (*slots, self.dim), "write_counts": slots}
+        return {"source_mass": slots, "tokens": ()} | (writes if self.write_back == "deferred" else {})
 
     @torch.no_grad()
     def commit(self, statistics: Mapping[str, Tensor]) -> None:
@@ -300,17 +335,15 @@ class GraphMemoryCell(nn.Module):
                 and ``write_counts`` (S,), by these names; sums over passes and devices. Others are ignored.
 
         Raises:
-            ValueError: One is missing or has another shape.
+            ValueError: One is missing or has another shape. Nothing is changed then.
         """
+        check_statistics(statistics, self.statistics())
         if self.write_back == "reference":
             return
-        size = (self.num_slots,)
-        source_mass, tokens = (_taken(statistics, "source_mass", size), _taken(statistics, "tokens", ()))
         if self.write_back == "deferred":
-            sums = _taken(statistics, "write_sums", (*size, self.dim))
-            counts = _taken(statistics, "write_counts", size)
-            self.centroids.copy_(write(self.centroids, sums, counts, torch.sigmoid(self.momentum)))
-        self.usage.copy_(advanced_usage(self.usage, source_mass, tokens))
+            sums, counts = statistics["write_sums"], statistics["write_counts"]
+            self.centroids.copy_(write(self.centroids, sums, counts, self._momentum()))
+        self.usage.copy_(advanced_usage(self.usage, statistics["source_mass"], statistics["tokens"]))
         self.age += 1
 
     @torch.no_grad()
@@ -318,7 +351,8 @@ class GraphMemoryCell(nn.Module):
         """Seed slots that are not used, and one of every two that have become one, with the directions of tokens.
 
         Args:
-            states: Tokens of the residual stream, (count, dim).
+            states: Tokens of the residual stream, (count, dim). Those that have no direction, zero or not finite, are
+                left out; without any other nothing is seeded.
             generator: Of the choice among them; on the CPU.
 
         Returns:
@@ -330,6 +364,9 @@ class GraphMemoryCell(nn.Module):
         if states.dim() != 2 or states.shape[1] != self.dim or not len(states):
             raise ValueError(f"states has shape {tuple(states.shape)}; it must be (count >= 1, {self.dim})")
         centroids, usage, age, tokens = (part.cpu().clone() for part in (self.centroids, self.usage, self.age, states))
+        tokens = tokens[tokens.isfinite().all(-1) & tokens.any(-1)]
+        if not len(tokens):
+            return {"reset": 0, "merged": 0}
         slots = Slots(centroids, usage, age, tokens, generator)
         reset = slots.reset_dead(self.dead_usage)
         merged = slots.merge_similar(self.merge_cosine, self.merge_age)
@@ -340,12 +377,12 @@ class GraphMemoryCell(nn.Module):
         return {"reset": reset, "merged": merged}
 
     @torch.no_grad()
-    def _write_at_once(self, source: Tensor, stream: Tensor) -> None:
+    def _write_at_once(self, source: Tensor, stream: Tensor, mask: Tensor | None) -> None:
         """Do as the official code, behind the back of autograd."""
-        tokens = source.flatten(0, 1)
-        self.usage.copy_(advanced_usage(self.usage, tokens.sum(0), tokens.new_full((), len(tokens))))
-        sums, counts = gather_writes(source, stream)
-        self.centroids.data.copy_(write(self.centroids, sums, counts, torch.sigmoid(self.momentum)))
+        with no_autocast(source.device):
+            self.usage.copy_(advanced_usage(self.usage, *source_mass(source, mask)))
+            sums, counts = gather_writes(source, stream, mask)
+            self.centroids.data.copy_(write(self.centroids, sums, counts, self._momentum()))
         self.age += 1
         self._kept = None
 
@@ -357,15 +394,11 @@ class GraphMemoryCell(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        self._kept = None
+        before = self.usage, self.temperature
         applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # A running mean that moves by a hundredth would stand still in half precision.
-        self.usage, self.temperature = wider(self.usage), wider(self.temperature)
+        # In half precision a running mean that moves by a hundredth would stand still.
+        self.usage, self.temperature = map(_at_least_float32, before, (self.usage, self.temperature))
         return applied
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._kept = None
-        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what evaluation has kept."""
@@ -376,40 +409,14 @@ class GraphMemoryCell(nn.Module):
         return f"{self.dim}, num_slots={self.num_slots}, edge_mode={self.edge_mode!r}, write_back={self.write_back!r}"
 
 
-class _KeptTables:
-    """Tables, and the weights they were made of, as they were then."""
-
-    def __init__(self, tables: GraphTables, weights: tuple[Tensor, ...]) -> None:
-        self.tables = tables
-        self.weights = weights
-        self.marks = _marks(weights)
-
-    def holds(self, weights: tuple[Tensor, ...]) -> bool:
-        """Whether the weights are the same and have not been changed since."""
-        same = all(old is new for old, new in zip(self.weights, weights, strict=True))
-        return same and self.marks == _marks(weights)
-
-
-def _counts_changes(weight: Tensor) -> bool:
-    return isinstance(weight, nn.Parameter) and not weight.is_inference()
-
-
-def _marks(weights: tuple[Tensor, ...]) -> list[tuple[int, int]]:
-    return [(weight._version, weight.data_ptr()) for weight in weights]
+def _at_least_float32(before: Tensor, after: Tensor) -> Tensor:
+    """Return a buffer as a module's move to another device or dtype leaves it, without having rounded it to half."""
+    wide = wider(after)
+    return wide if wide.dtype == after.dtype or before.is_meta else before.to(wide)
 
 
 def _mean_of_cells(losses: Tensor) -> Tensor:
     return losses.mean()
-
-
-def _taken(statistics: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    if name not in statistics or statistics[name].shape != shape:
-        found = "missing" if name not in statistics else f"of shape {tuple(statistics[name].shape)}"
-        raise ValueError(
-            f"statistics[{name!r}] is {found}; pass what a forward pass of this cell in training mode reported to its "
-            f"trace, of shape {shape}"
-        )
-    return statistics[name]
 
 
 @register_layer("graph_memory_cell", "channel")

@@ -14,11 +14,13 @@ With u the mean of the sources over the tokens, H the entropy in nats and m the 
 from collections.abc import Mapping
 from math import log
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice, check_number
-from memzoo.layers.graph_memory_signals import effective_number, off_diagonal_cosines, row_entropy
+from memzoo.layers.graph_memory_measures import effective_number, off_diagonal_cosines, row_entropy
+from memzoo.layers.graph_memory_slots import source_mass
 from memzoo.layers.ops.graph_memory import GraphRouting, GraphTables
 
 LOSS_WEIGHTS: Mapping[str, float] = {"track": 1.0, "ortho": 0.05, "cluster": 0.3, "edge": 0.1, "contrast": 0.5}
@@ -48,33 +50,47 @@ def graph_losses(
     *,
     centroids: Tensor,
     stream: Tensor,
+    mask: Tensor | None,
     momentum: Tensor,
     entropy_floor: float,
     usage_target: float,
 ) -> dict[str, Tensor]:
-    """Return the losses of one cell, weighted; those of weight zero are left out.
+    """Return the losses of one cell, weighted.
 
     Args:
         weights: Of every loss.
         tables: Of the parameters.
         routing: Of the tokens.
         centroids: C as it is learned, (S, d).
-        stream: What the block returns, (batch, time, d); no gradient reaches it.
+        stream: What the block returns, (batch, time, d), without gradients.
+        mask: True at real tokens, (batch, time); None if all are.
         momentum: m, a scalar.
         entropy_floor: Entropy in nats that a row of Ebar should have.
         usage_target: Number of slots that should be in use.
     """
     losses = {
-        "track": lambda: (1 - momentum) * F.mse_loss(routing.source @ tables.centroids, stream.detach().to(momentum)),
+        "track": lambda: (1 - momentum) * distance(routing.source @ tables.centroids, stream, mask),
         "ortho": lambda: off_diagonal_cosines(centroids).square().mean(),
-        "cluster": lambda: cluster(routing.source, usage_target),
+        "cluster": lambda: cluster(routing.source, mask, usage_target),
         "edge": lambda: (entropy_floor - row_entropy(tables.transitions)).clamp_min(0).mean(),
         "contrast": lambda: off_diagonal_cosines(tables.transitions).mean(),
     }
-    return {name: weight * losses[name]() for name, weight in weights.items() if weight}
+    return {name: weight * losses[name]() if weight else centroids.new_zeros(()) for name, weight in weights.items()}
 
 
-def cluster(source: Tensor, usage_target: float) -> Tensor:
-    """Return how far the number of slots in use is below its target, a scalar; source: (..., S)."""
-    in_use = effective_number(source.flatten(0, -2).mean(0))
-    return (usage_target / in_use.clamp_min(1) - 1).clamp_min(0)
+def distance(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean square of the differences of real tokens, (batch, time, d) both."""
+    if mask is None:
+        return F.mse_loss(x, y.to(x.dtype))
+    squares = (x - y.to(x.dtype)).square().mean(-1).masked_fill(~mask, 0)
+    return squares.sum() / mask.sum().clamp_min(1)
+
+
+def cluster(source: Tensor, mask: Tensor | None, usage_target: float) -> Tensor:
+    """Return how far the number of slots in use is below its target, in parts of that number; source: (batch, time, S).
+
+    Without real tokens it is 0.
+    """
+    mass, tokens = source_mass(source, mask)
+    in_use = effective_number(torch.where(tokens > 0, mass, torch.ones_like(mass)))
+    return (usage_target / in_use.clamp_min(1) - 1).clamp_min(0) * (tokens > 0)

@@ -3,6 +3,7 @@
 arXiv 2604.23862, official code: ``write_back``, ``reset_dead_centroids``, ``merge_similar_centroids``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,32 +13,86 @@ from torch.nn import functional as F
 USAGE_DECAY = 0.99
 
 
-def gather_writes(source: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the tokens of every slot, each token counted for its likeliest source.
+def source_mass(source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the sum of the sources of all real tokens (S,), and how many there are ().
 
     Shape:
-        source: (batch, time, S). stream: (batch, time, d). Returns the sums (S, d) and counts (S,), at least float32.
+        source: (batch, time, S). mask: (batch, time) bool; None if all are real.
+    """
+    if mask is None:
+        return source.sum((0, 1)), source.new_full((), source.shape[:2].numel())
+    return source.masked_fill(~mask[..., None], 0).sum((0, 1)), mask.sum().to(source)
+
+
+def gather_writes(source: Tensor, content: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum what is written into every slot, by each real token into its likeliest source.
+
+    Shape:
+        source: (batch, time, S). content: (batch, time, d). mask: (batch, time) bool; None if all are real. Returns the
+        sums (S, d) and counts (S,), at least float32.
     """
     slot = source.argmax(-1).flatten()
-    tokens = stream.flatten(0, -2).to(source.dtype)
+    real = source.new_ones(len(slot)) if mask is None else mask.flatten().to(source)
+    tokens = content.flatten(0, 1).to(source.dtype)
+    if mask is not None:
+        tokens = tokens.masked_fill(~mask.flatten()[:, None], 0)
     sums = tokens.new_zeros(source.shape[-1], tokens.shape[-1]).index_add_(0, slot, tokens)
-    counts = tokens.new_zeros(source.shape[-1]).index_add_(0, slot, tokens.new_ones(len(slot)))
-    return sums, counts
+    return sums, real.new_zeros(source.shape[-1]).index_add_(0, slot, real)
+
+
+def spread_tokens(x: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """Return at most ``count`` tokens, (<= count, d), evenly spread over all real ones and never the same one twice.
+
+    Of fewer real tokens than ``count``, some are returned more than once; without any, tokens of zeros.
+
+    Shape:
+        x: (batch, time, d). mask: (batch, time) bool; None if all are real.
+    """
+    tokens = x.flatten(0, 1)
+    count = min(count, len(tokens))
+    middle = 2 * torch.arange(count, device=x.device) + 1
+    if mask is None:
+        return tokens[middle * len(tokens) // (2 * count)]
+    real_first = (~mask.flatten()).to(torch.uint8).argsort(stable=True)
+    tokens = tokens.masked_fill(~mask.flatten()[:, None], 0)
+    return tokens[real_first[middle * mask.sum() // (2 * count)]]
 
 
 def write(centroids: Tensor, sums: Tensor, counts: Tensor, momentum: Tensor) -> Tensor:
-    """Return normalize(m C + (1 - m) mean); a slot without tokens keeps its direction.
+    """Return normalize(m C + (1 - m) mean).
+
+    A slot keeps its direction if no token was written into it, or one that is not finite.
 
     Shape:
         centroids, sums: (S, d). counts: (S,). momentum: (). Returns (S, d).
     """
     mean = sums / counts.clamp_min(1)[:, None]
-    return F.normalize(momentum * centroids + (1 - momentum) * mean, dim=-1)
+    moved = momentum * centroids + (1 - momentum) * mean
+    takes = (counts > 0) & moved.isfinite().all(-1)
+    return F.normalize(torch.where(takes[:, None], moved, centroids.to(moved)), dim=-1)
 
 
-def advanced_usage(usage: Tensor, source_mass: Tensor, tokens: Tensor) -> Tensor:
-    """Return the running mean of the sources after ``tokens`` more, whose sources add up to ``source_mass`` (S,)."""
-    return USAGE_DECAY * usage + (1 - USAGE_DECAY) * source_mass / tokens
+def advanced_usage(usage: Tensor, mass: Tensor, tokens: Tensor) -> Tensor:
+    """Return the running mean of the sources after ``tokens`` () more, whose sources add up to ``mass`` (S,)."""
+    return torch.where(tokens > 0, USAGE_DECAY * usage + (1 - USAGE_DECAY) * mass / tokens.clamp_min(1), usage)
+
+
+def check_statistics(
+    statistics: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], prefix: str = ""
+) -> None:
+    """Require statistics of these names, behind a prefix, and shapes.
+
+    Raises:
+        ValueError: One is missing or has another shape.
+    """
+    for name, shape in expected.items():
+        path = f"{prefix}{name}"
+        if path not in statistics or statistics[path].shape != shape:
+            found = f"of shape {tuple(statistics[path].shape)}" if path in statistics else "missing"
+            raise ValueError(
+                f"statistics[{path!r}] is {found}, not of shape {shape}; pass trace.statistics of a forward pass of "
+                f"this model in training mode"
+            )
 
 
 @dataclass
@@ -86,6 +141,9 @@ class Slots:
         return merged
 
     def _tokens(self, count: int) -> Tensor:
+        """Draw tokens, each once where there are enough: slots seeded alike would stay alike until they may merge."""
+        if count <= len(self.states):
+            return self.states[torch.randperm(len(self.states), generator=self.generator)[:count]]
         return self.states[torch.randint(len(self.states), (count,), generator=self.generator)]
 
     def _seed(self, slots: Tensor, directions: Tensor) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from memzoo.layers.errors import check_choice, check_number
 from memzoo.layers.graph_memory_cell import GraphMemoryCell
+from memzoo.layers.graph_memory_slots import check_statistics
 
 Statistics = Mapping[str, Tensor]
 NOT_SUMMED = "states"
@@ -33,7 +34,7 @@ def graph_memory_cells(model: nn.Module) -> dict[str, GraphMemoryCell]:
     Raises:
         ValueError: It has none.
     """
-    cells = {path: module for path, module in model.named_modules() if isinstance(module, GraphMemoryCell)}
+    cells = {_own_path(path): module for path, module in model.named_modules() if isinstance(module, GraphMemoryCell)}
     if not cells:
         raise ValueError(f"model={type(model).__name__} has no GraphMemoryCell; pass a model that has some")
     return cells
@@ -64,6 +65,20 @@ def join(parts: Sequence[Statistics]) -> dict[str, Tensor]:
     return joined
 
 
+def all_reduce(statistics: Statistics) -> dict[str, Tensor]:
+    """Add up the statistics of all processes of a data-parallel training, in one call; each keeps its tokens' states.
+
+    Args:
+        statistics: ``trace.statistics``, or ``join`` of several, of one and the same model in every process.
+    """
+    sums = {path: value for path, value in statistics.items() if path.rpartition(".")[2] != NOT_SUMMED}
+    flat = torch.cat([value.flatten() for value in sums.values()])
+    torch.distributed.all_reduce(flat)
+    parts = flat.split([value.numel() for value in sums.values()])
+    totals = {path: part.view_as(value) for (path, value), part in zip(sums.items(), parts, strict=True)}
+    return {**statistics, **totals}
+
+
 def commit(model: nn.Module, statistics: Statistics) -> None:
     """Let every cell of a model advance its usage and write back; call it after the optimiser's step.
 
@@ -72,10 +87,14 @@ def commit(model: nn.Module, statistics: Statistics) -> None:
         statistics: ``trace.statistics`` of the step's pass, or ``join`` of those of its passes.
 
     Raises:
-        ValueError: The model has no cell, or the statistics of one are missing or of another shape.
+        ValueError: The model has no cell, or the statistics of one are missing or of another shape. Nothing is changed
+            then.
     """
-    for path, cell in graph_memory_cells(model).items():
-        cell.commit(_own(statistics, path))
+    cells = graph_memory_cells(model)
+    for path, cell in cells.items():
+        check_statistics(statistics, cell.statistics(), _prefix(path))
+    for path, cell in cells.items():
+        cell.commit({name: statistics[f"{_prefix(path)}{name}"] for name in cell.statistics()})
 
 
 def maintain(
@@ -109,9 +128,10 @@ def maintain(
     return total
 
 
-def _own(statistics: Statistics, path: str) -> dict[str, Tensor]:
-    prefix = _prefix(path)
-    return {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
+def _own_path(path: str) -> str:
+    """Return where the trace has a module: without what torch.compile and data parallelism wrap it in."""
+    parts = path.removeprefix("module.").split(".")
+    return ".".join(part for part in parts if part != "_orig_mod")
 
 
 def _prefix(path: str) -> str:

@@ -1,6 +1,7 @@
 """Callbacks: speed, samples, figures, and the line that says how good a run was."""
 
 import json
+import math
 import platform
 import time
 from collections import deque
@@ -85,7 +86,7 @@ class SampleText(Callback):
 
     Args:
         prompt: Text to continue.
-        max_new_tokens: Length of the continuation.
+        max_new_tokens: Length of the continuation; less where the model has a ``context`` and the prompt leaves less.
         temperature: Of sampling.
         top_p: Nucleus of sampling; None for all tokens.
         seed: Of the sample.
@@ -105,20 +106,27 @@ class SampleText(Callback):
         if not prompt:
             raise ValueError("prompt='' gives a model nothing to continue; pass at least one character")
         self.prompt = prompt
-        self.options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        self.max_new_tokens = max_new_tokens
+        self.options = {"temperature": temperature, "top_p": top_p}
         self.seed = seed
         self.every_validation = every_validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the data module can turn text into tokens and back.
+        """Check that the data module can turn text into tokens and back, and that the prompt fits the model.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: It cannot, or the prompt fills the model's context.
         """
         if not hasattr(data_module(trainer), "encode") or not hasattr(data_module(trainer), "decode"):
             raise ValueError(
                 f"SampleText needs encode(text) and decode(tokens) of the data module, which "
                 f"{type(data_module(trainer)).__name__} lacks; use TextData, or leave SampleText out"
+            )
+        length, context = len(data_module(trainer).encode(self.prompt)), _context(pl_module)
+        if stage == "fit" and length > context:
+            raise ValueError(
+                f"prompt={self.prompt!r} has {length} tokens, the model has context={context}, which leaves no room "
+                f"for a new one; use a shorter prompt, or a model with a larger context"
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,13 +140,15 @@ class SampleText(Callback):
             self._show(trainer, pl_module)
 
     def sample(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Return the prompt and its continuation."""
+        """Return the prompt and its continuation: ``max_new_tokens``, or as many as the context has room for."""
         prompt = torch.tensor([data_module(trainer).encode(self.prompt)], device=pl_module.device)
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)
         training = pl_module.training
         pl_module.eval()
         model: Any = pl_module.model
-        tokens = list(model.generate(prompt, generator=generator, **self.options))
+        room = _context(pl_module) - prompt.shape[1] + 1  # the last new token is not read
+        count = int(min(self.max_new_tokens, room))
+        tokens = list(model.generate(prompt, count, generator=generator, **self.options))
         pl_module.train(training)
         return f"{self.prompt}{data_module(trainer).decode(torch.cat(tokens).tolist())}"
 
@@ -208,15 +218,16 @@ class Summary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line and write the file, if a validation has measured anything."""
+        folder = trainer.log_dir  # which rank 0 tells all others
         if not trainer.is_global_zero:
             return
         if "val/bits_per_byte" not in trainer.callback_metrics:
             say(trainer, f"{_name(pl_module.model)}: no validation was run, so there is nothing to compare")
             return
         outcome = self.measured(trainer, pl_module)
-        if trainer.log_dir is not None and not _is_trial(trainer):
-            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
-            (Path(trainer.log_dir) / "summary.json").write_text(json.dumps(outcome, indent=2) + "\n")
+        if folder is not None and not _is_trial(trainer):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / "summary.json").write_text(json.dumps(outcome, indent=2) + "\n")
         say(trainer, summary_line(outcome, self.reference))
 
     def measured(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -310,6 +321,11 @@ def say(trainer: Trainer, text: str) -> None:
     """Print without breaking the progress bar."""
     bar = trainer.progress_bar_callback
     (print if bar is None else bar.print)(text)
+
+
+def _context(pl_module: LightningModule) -> float:
+    """Return how many tokens a model can read."""
+    return getattr(pl_module.model, "context", math.inf)
 
 
 def _name(model: Any) -> str:

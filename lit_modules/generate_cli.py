@@ -23,6 +23,7 @@ def generate_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    routing_temperature: float | None = None,
     tokenizer: str | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> None:
@@ -36,6 +37,7 @@ def generate_text(
         top_k: Sample among this many tokens; none for all.
         top_p: Sample among the fewest tokens that add up to this probability; none for all.
         seed: Of the sample.
+        routing_temperature: Of graph memory cells; that at which the run was evaluated by default.
         tokenizer: "bytes" or a tokenizer.json; the one the model was trained with by default.
         device: Where to run.
 
@@ -46,7 +48,7 @@ def generate_text(
 
     if not prompt:
         raise ValueError("prompt='' gives the model nothing to continue; pass at least one character")
-    trained = TrainedRun.find(checkpoint, tokenizer=tokenizer, device=device)
+    trained = TrainedRun.find(checkpoint, tokenizer=tokenizer, device=device, routing_temperature=routing_temperature)
     model = trained.load()
     tokens = torch.tensor([trained.tokenizer.encode(prompt)], device=device)
     stream = TextStream(trained.tokenizer.decode)

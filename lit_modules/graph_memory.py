@@ -7,12 +7,14 @@ from typing import Any, Literal, cast, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from memzoo.layers.errors import check_choice, check_number, check_positive
 from memzoo.layers.graph_memory_cell import GraphMemoryCell
+from memzoo.layers.graph_memory_measures import effective_number, off_diagonal_cosines, row_entropy
 from memzoo.layers.graph_memory_upkeep import (
-    NOT_SUMMED,
+    all_reduce,
     commit,
     graph_memory_cells,
     join,
@@ -21,7 +23,7 @@ from memzoo.layers.graph_memory_upkeep import (
 )
 
 States = Literal["last", "own"]
-SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+NOT_SUPPORTED = (DeepSpeedStrategy, FSDPStrategy)
 
 
 def routing_temperature(progress: float, maximum: float, minimum: float) -> float:
@@ -44,18 +46,23 @@ class GraphMemoryUpkeep(Callback):
 
     The statistics of the micro-batches of a step, which ``CausalLMModule.training_step`` returns, are added up, over
     all devices too. Every device then makes the same commit; of maintenance, which draws states of tokens, rank 0's is
-    handed to all. Logs ``train/temperature``, that of the batch, and ``train/graph_reset`` and ``train/graph_merged``,
-    the slots seeded anew so far because they were dead, or because another was too similar.
+    handed to all. ``ModelParallelStrategy`` may shard the parameters of cells whose slots move by gradient alone.
+
+    Logs ``train/temperature``, that of the batch, and ``train/graph_reset`` and ``train/graph_merged``, the slots
+    seeded anew so far because they were dead, or because another was too similar; and every ``log_every_n_steps`` of
+    the trainer how the slots are used: see ``slot_measures``.
 
     A checkpoint holds what a run needs to go on exactly from an optimiser step, such as where ``ModelCheckpoint``
-    counts in steps. One made within an accumulation lacks its statistics so far, as it lacks its gradients.
+    counts in steps, and the ``evaluation_temperature`` at which it was validated. One made within an accumulation lacks
+    its statistics so far, as it lacks its gradients. Resumed with a schedule of another length, the temperature jumps:
+    a warning says so.
 
     Args:
         temperature_max: Of the source routing at the first step; see ``routing_temperature``.
         temperature_min: At the last.
         schedule_steps: Optimiser steps between the two; the trainer's number by default.
-        evaluation_temperature: Of validation and test; the current one by default. The official code evaluates at
-            ``temperature_min`` throughout.
+        evaluation_temperature: Of validation and test; by default the current one, as the official training has it.
+            The official downstream evaluations take ``temperature_min``.
         maintain_every: Optimiser steps from one maintenance to the next; None for no maintenance.
         states: Slots are seeded with states of the "last" cell, as in the official code, or of each cell's "own".
         seed: Of the draws of maintenance.
@@ -95,35 +102,45 @@ class GraphMemoryUpkeep(Callback):
         self.counts = {"reset": 0, "merged": 0}
         self._generator = torch.Generator().manual_seed(seed)
         self._steps = math.inf
+        self._resumed_steps: float | None = None  # length of the schedule that a checkpoint was made in
         self._step = 0
         self._temperature = temperature_max
         self._pending: dict[str, Tensor] = {}
         self._replaced: list[Tensor] = []  # temperatures of the cells, while those of evaluation are in their place
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts and where the draws are."""
-        return {"counts": dict(self.counts), "generator": self._generator.get_state()}
+        """Return the counts, where the draws are, and by which temperatures it was trained and validated."""
+        return {
+            "counts": dict(self.counts),
+            "generator": self._generator.get_state(),
+            "schedule_steps": None if math.isinf(self._steps) else self._steps,
+            "evaluation_temperature": self.evaluation_temperature,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting and drawing."""
+        """Go on counting and drawing; the temperatures are those of the arguments."""
         self.counts = dict(state_dict["counts"])
         self._generator.set_state(state_dict["generator"])
+        self._resumed_steps = state_dict["schedule_steps"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there are cells and that the strategy can change them.
 
         Raises:
-            ValueError: There are none, the strategy shards, or it has replicas and write_back is "reference".
+            ValueError: There are none; the strategy shards what is changed whole, or in a way that is not supported; or
+                it has replicas and write_back is "reference".
         """
         cells = _cells(pl_module)
         if stage != "fit":
             return
         name = type(trainer.strategy).__name__
-        if isinstance(trainer.strategy, SHARDING):
+        if isinstance(trainer.strategy, NOT_SUPPORTED):
             raise ValueError(
-                f"strategy={name} shards parameters, but a cell has scalar ones, and its slots are changed whole; "
-                f"use strategy='ddp'"
+                f"strategy={name} is not supported, for it does not keep a cell's parameters apart; use "
+                f"strategy='ddp', or ModelParallelStrategy with write_back='off' and maintain_every=None"
             )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._check_sharded(name, cells)
         if trainer.world_size > 1 and any(cell.write_back == "reference" for cell in cells):
             raise ValueError(
                 f"write_back='reference' changes every device's centroids by its own batches, so that the "
@@ -143,6 +160,12 @@ class GraphMemoryUpkeep(Callback):
             raise ValueError(
                 f"temperature_max={maximum} falls to temperature_min={minimum} over a training without an end; "
                 f"set max_steps of the trainer or schedule_steps, or make the two equal"
+            )
+        before, self._resumed_steps = self._resumed_steps, None
+        if before not in (None, self._steps) and maximum != minimum:
+            rank_zero_warn(
+                f"the checkpoint's temperature falls over {before} optimiser steps, this run's over {self._steps}, so "
+                f"that it jumps here; pass schedule_steps={before} to GraphMemoryUpkeep to go on as it was"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,6 +194,10 @@ class GraphMemoryUpkeep(Callback):
             self._keep_up(trainer, pl_module)
             self._pending = {}
             self._anneal(pl_module)
+            every: int = cast(Any, trainer).log_every_n_steps  # 0: never
+            if every and self._step % every == 0:
+                for name, value in slot_measures(_cells(pl_module)).items():
+                    pl_module.log(f"train/{name}", value)
         if self.maintain_every is not None:
             for name, count in self.counts.items():
                 pl_module.log(f"train/graph_{name}", float(count))
@@ -196,6 +223,16 @@ class GraphMemoryUpkeep(Callback):
         """Put back the temperatures that were there."""
         self.on_validation_end(trainer, pl_module)
 
+    def _check_sharded(self, strategy: str, cells: Sequence[GraphMemoryCell]) -> None:
+        changes = {f"write_back={cell.write_back!r}" for cell in cells if cell.write_back != "off"}
+        if self.maintain_every is not None:
+            changes.add(f"maintain_every={self.maintain_every}")
+        if changes:
+            raise ValueError(
+                f"strategy={strategy} shards the centroids, which {' and '.join(sorted(changes))} would change whole; "
+                f"use write_back='off' and maintain_every=None, or strategy='ddp'"
+            )
+
     def _anneal(self, pl_module: LightningModule) -> None:
         self._temperature = routing_temperature(min(self._step / self._steps, 1.0), *self.temperatures)
         set_temperature(_model(pl_module), self._temperature)
@@ -203,9 +240,7 @@ class GraphMemoryUpkeep(Callback):
     def _keep_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = _model(pl_module)
         if trainer.world_size > 1:
-            sums = [name for name in self._pending if name.rpartition(".")[2] != NOT_SUMMED]
-            totals = _together([self._pending[name] for name in sums], torch.distributed.all_reduce)
-            self._pending |= dict(zip(sums, totals, strict=True))
+            self._pending = all_reduce(self._pending)
         commit(model, self._pending)
         if self.maintain_every is None or self._step % self.maintain_every:
             return
@@ -213,6 +248,42 @@ class GraphMemoryUpkeep(Callback):
             self.counts[name] += count
         if trainer.world_size > 1:
             _follow_rank_0(_cells(pl_module))
+
+
+@torch.no_grad()
+def slot_measures(cells: Sequence[GraphMemoryCell]) -> dict[str, Tensor]:
+    """Return how the slots of all cells are used, by the cells' parameters and buffers alone.
+
+    ``usage_effective`` and ``usage_effective_min``: how many slots are in use, the mean and the least of the cells;
+    ``dead_slots``, in all of them together; means of ``gate``, ``momentum``, ``edge_entropy`` (nats) and
+    ``centroid_cosine``. Each is what a cell's signals say of it (``memzoo.layers.graph_memory_signals``).
+
+    Every device must call it where the parameters are sharded.
+    """
+    effective = torch.stack([effective_number(cell.usage) for cell in cells])
+    dead = torch.stack([(cell.usage < cell.dead_usage).sum() for cell in cells])
+    means: dict[str, Callable[[GraphMemoryCell], Tensor]] = {
+        "gate": lambda cell: _whole(cell.gate).sigmoid(),
+        "momentum": lambda cell: _whole(cell.momentum).sigmoid(),
+        "edge_entropy": lambda cell: row_entropy(_transitions(_whole(cell.edges))),
+        "centroid_cosine": lambda cell: off_diagonal_cosines(_whole(cell.centroids)),
+    }
+    return {
+        "usage_effective": effective.mean(),
+        "usage_effective_min": effective.min(),
+        "dead_slots": dead.sum().float(),
+    } | {name: torch.stack([measure(cell).mean() for cell in cells]).mean() for name, measure in means.items()}
+
+
+def _transitions(edges: Tensor) -> Tensor:
+    return edges.masked_fill(torch.eye(len(edges), dtype=torch.bool, device=edges.device), -torch.inf).softmax(-1)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return a parameter, gathered from all devices if it is sharded."""
+    from torch.distributed.tensor import DTensor
+
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _model(pl_module: LightningModule) -> nn.Module:
@@ -227,14 +298,7 @@ def _cells(pl_module: LightningModule) -> list[GraphMemoryCell]:
 def _follow_rank_0(cells: Sequence[GraphMemoryCell]) -> None:
     """Take rank 0's slots on every device."""
     slots = [tensor for cell in cells for tensor in (cell.centroids, cell.usage, cell.age)]
-    chosen = _together(slots, lambda flat: torch.distributed.broadcast(flat, src=0))
-    for tensor, value in zip(slots, chosen, strict=True):
-        tensor.copy_(value)
-
-
-def _together(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> list[Tensor]:
-    """Return what a collective, which works in place, makes of all tensors: of copies, in one call."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    collective(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+    flat = torch.cat([tensor.flatten() for tensor in slots])
+    torch.distributed.broadcast(flat, src=0)
+    for tensor, values in zip(slots, flat.split([tensor.numel() for tensor in slots]), strict=True):
+        tensor.copy_(values.view_as(tensor))

@@ -19,12 +19,11 @@ from memzoo.lit_modules.graph_figures import (
     Entropies,
     Movement,
     SlotGraph,
-    TokenSignal,
     Usage,
+    edge_figure,
     entropy_figure,
     evenly,
     movement_figure,
-    token_figure,
     transition_figure,
     usage_figure,
 )
@@ -37,14 +36,27 @@ from memzoo.lit_modules.inspection import (
     context_of,
     read_text,
     slot_rows,
+    spectral_order,
 )
+from memzoo.lit_modules.token_figures import TokenSignal, token_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from memzoo.lit_modules.trained_run import TrainedRun
 
+MOST_TOKENS = 1024  # where max_tokens is not given
 MOST_TOKEN_PANELS = 8
+FILES = (
+    "signals.csv",
+    "slots.csv",
+    "tokens.png",
+    "transitions.png",
+    "edges.png",
+    "movement.png",
+    "usage.png",
+    "entropy.png",
+)
 UNITS = {"source_entropy": "nats", "target_entropy": "nats", "mixer_update": "norm", "ffn_update": "norm"}
 
 
@@ -61,21 +73,24 @@ def inspect_checkpoint(
     text: str | None = None,
     prompt: str | None = None,
     out: str = "inspection",
-    max_tokens: int = 1024,
+    max_tokens: int | None = None,
+    routing_temperature: float | None = None,
     tokenizer: str | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> None:
     """Read a text once and write what the layers report as tables and figures.
 
     Of any model: ``signals.csv``, every signal in numbers, and ``tokens.png``, those of tokens along the text. Of graph
-    memory cells also ``slots.csv``, ``transitions.png``, ``movement.png``, ``usage.png`` and ``entropy.png``.
+    memory cells also ``slots.csv``, ``transitions.png``, ``edges.png``, ``movement.png``, ``usage.png`` and
+    ``entropy.png``.
 
     Args:
         checkpoint: A .ckpt file that a run has written.
         text: A file of UTF-8 to read.
         prompt: A text to read, in place of a file.
-        out: Folder for the results; files of an earlier inspection are replaced.
-        max_tokens: Read at most so many tokens, from the beginning.
+        out: Folder for the results; files of an earlier inspection are replaced or deleted.
+        max_tokens: Read at most so many tokens, from the beginning; 1024 by default.
+        routing_temperature: Of graph memory cells; that at which the run was evaluated by default.
         tokenizer: "bytes" or a tokenizer.json; the one the model was trained with by default.
         device: Where to run.
 
@@ -85,19 +100,19 @@ def inspect_checkpoint(
     """
     from memzoo.lit_modules.trained_run import TrainedRun
 
-    check_positive("max_tokens", max_tokens)
-    trained = TrainedRun.find(checkpoint, tokenizer=tokenizer, device=device)
+    if max_tokens is not None:
+        check_positive("max_tokens", max_tokens)
+    trained = TrainedRun.find(checkpoint, tokenizer=tokenizer, device=device, routing_temperature=routing_temperature)
     outline = trained.outline()
     tokens = _tokens(trained, _words(text, prompt), "prompt" if text is None else "text", outline.vocab_size)
     folder = _folder(out)
-    most = min(max_tokens, context_of(outline) or max_tokens)
+    most, reason = _limit(max_tokens, context_of(outline))
     reading = read_text(trained.load(), tokens[:most])
     shown = Console()
     shown = shown if shown.is_terminal else Console(width=160)
     _show(reading, shown)
     written = _write(reading, trained, folder)
     if len(tokens) > most:
-        reason = "max_tokens" if most == max_tokens else "the model's context"
         shown.print(f"read the first {most:,} of {len(tokens):,} tokens ({reason})", highlight=False)
     if (hidden := reading.along_text(MOST_TOKEN_PANELS)[1]) > 0:
         shown.print(f"tokens.png leaves out {hidden} kinds of signals; signals.csv has all", highlight=False)
@@ -134,6 +149,13 @@ def _tokens(trained: "TrainedRun", words: str, argument: str, vocab_size: int) -
     return torch.tensor(ids)
 
 
+def _limit(max_tokens: int | None, context: int | None) -> tuple[int, str]:
+    """Return how many tokens are read at most, and why."""
+    if context is not None and context <= (MOST_TOKENS if max_tokens is None else max_tokens - 1):
+        return context, "the model's context"
+    return (MOST_TOKENS, f"max_tokens={MOST_TOKENS} by default") if max_tokens is None else (max_tokens, "max_tokens")
+
+
 def _folder(out: str) -> Path:
     folder = Path(out).expanduser()
     try:
@@ -156,34 +178,53 @@ def _show(reading: Reading, console: Console) -> None:
         shape = shapes.pop() if len(shapes) == 1 else "various"
         table.add_row(kind, str(len(signals)), shape, *_numbers(total.mean, total.sd, total.least, total.most))
     console.print(table)
-    if reading.cells:
+    for cell_table in (_text_table, _cell_table) if reading.cells else ():
         console.print()
-        console.print(_cell_table(reading))
+        console.print(cell_table(reading))
 
 
-def _cell_table(reading: Reading) -> Table:
-    """Return a row a graph memory cell: how its slots are used, how widely tokens spread, how loud it is."""
+def _text_table(reading: Reading) -> Table:
+    """Return a row a graph memory cell: how the text uses its slots, and how widely its tokens spread."""
     table = _table(
         "block",
         "slots used",
-        "in training",
-        "dead",
+        "likeliest used",
+        "Gini",
+        "nats said",
         "H source",
         "H target",
-        "H edges",
+        "peak source",
+        "peak target",
         "stay",
-        "gate",
-        "|y|",
-        "|y|/|mixer|",
     )
+    for cell in reading.cells:
+        numbers = [cell.effective, cell.likeliest_effective, cell.likeliest_gini, cell.information]
+        for values in (cell.source_entropy, cell.target_entropy, cell.source.amax(-1), cell.target.amax(-1)):
+            numbers.append(values.mean().item())
+        table.add_row(cell.block, *_numbers(*numbers, cell.stays))
+    return table
+
+
+def _cell_table(reading: Reading) -> Table:
+    """Return a row a graph memory cell: what training has made of it, and how loud it is."""
+    of_training = {
+        "in training": "usage_effective",
+        "dead": "dead",
+        "coverage": "coverage",
+        "H edges": "edge_entropy",
+        "peak edges": "edge_peak",
+        "temperature": "temperature",
+        "momentum": "momentum",
+        "gate": "gate",
+    }
+    table = _table("block", *of_training, "|y|", "|y|/|mixer|")
     means = {signal.name: signal.moments.mean for signal in reading.signals}
     for cell in reading.cells:
-        names = "usage_effective", "dead", "source_entropy", "target_entropy", "edge_entropy"
-        numbers = [cell.effective, *(means[f"{cell.path}.{name}"] for name in names), cell.stays]
+        numbers = [means[f"{cell.path}.{name}"] for name in of_training.values()]
         added, mixed = (
             means.get(f"{path}_update", nan) for path in (cell.path, cell.path.removesuffix("ffn") + "mixer")
         )
-        table.add_row(cell.block, *_numbers(*numbers, means[f"{cell.path}.gate"], added, added / mixed))
+        table.add_row(cell.block, *_numbers(*numbers, added, added / mixed))
     return table
 
 
@@ -206,7 +247,9 @@ def _shape(signal: Signal) -> str:
 
 
 def _write(reading: Reading, trained: "TrainedRun", folder: Path) -> list[str]:
-    """Write everything and return the names of the files."""
+    """Write everything in place of what an earlier inspection has written, and return the names of the files."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
     rows = [_signal_row(signal) for signal in reading.signals]
     _write_csv(folder / "signals.csv", ("name", "shape", "mean", "sd", "min", "max"), rows)
     written = ["signals.csv"]
@@ -246,11 +289,13 @@ def _figures(reading: Reading, trained: "TrainedRun") -> "dict[str, Figure]":
             )
             for kind, of_kind in kinds.items()
         ]
-        words = [trained.tokenizer.decode([token]) for token in reading.tokens.tolist()]
-        figures["tokens.png"] = token_figure(signals, words)[0]
+        tokens = [(trained.tokenizer.decode([token]), token) for token in reading.tokens.tolist()]
+        figures["tokens.png"] = token_figure(signals, tokens)[0]
     if reading.cells:
         cells = [reading.cells[index] for index in evenly(len(reading.cells))]
-        figures["transitions.png"] = transition_figure([_slot_graph(cell) for cell in cells])[0]
+        graphs = [_slot_graph(cell) for cell in cells]
+        figures["transitions.png"] = transition_figure(graphs)[0]
+        figures["edges.png"] = edge_figure(graphs)[0]
         figures["movement.png"] = movement_figure([_movement(cell) for cell in cells])[0]
         figures["usage.png"] = usage_figure([_usage(cell) for cell in cells])[0]
         entropies = [
@@ -274,17 +319,23 @@ def _title(kind: str, signal: Signal) -> str:
 
 
 def _slot_graph(cell: GraphCell) -> SlotGraph:
-    plane = Plane.of(cell.slots)
-    positions, usage = plane.project(cell.slots).numpy(), cell.source.mean(0).numpy()
-    return SlotGraph(f"block {cell.block}", positions, plane.shares, usage, cell.transitions.numpy())
+    moves = cell.soft_moves
+    return SlotGraph(
+        f"block {cell.block}",
+        spectral_order(moves).numpy(),
+        cell.source.mean(0).numpy(),
+        moves.numpy(),
+        cell.moves.numpy(),
+        cell.edges.numpy(),
+    )
 
 
 def _movement(cell: GraphCell) -> Movement:
     plane = Plane.of(torch.cat((cell.source_centre, cell.target_centre)))
     source, target = (plane.project(centre).numpy() for centre in (cell.source_centre, cell.target_centre))
-    return Movement(f"block {cell.block}", source, target, plane.shares)
+    return Movement(f"block {cell.block}", source, target, cell.source.argmax(-1).numpy(), plane.shares)
 
 
 def _usage(cell: GraphCell) -> Usage:
-    likeliest = cell.transitions.sum(1) / len(cell.source)
-    return Usage(f"block {cell.block}", cell.source.mean(0).numpy(), likeliest.numpy())
+    soft, target = cell.source.mean(0).numpy(), cell.target.mean(0).numpy()
+    return Usage(f"block {cell.block}", soft, cell.likeliest.numpy(), target, cell.usage.numpy())

@@ -9,11 +9,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from memzoo.layers.graph_memory_signals import effective_number, slot_tokens, transition_counts
+from memzoo.layers.graph_memory_measures import (
+    effective_number,
+    gini,
+    move_counts,
+    mutual_information,
+    slot_tokens,
+    soft_moves,
+)
 from memzoo.layers.trace import Trace
 
 PIECE = 256  # tokens a call, where a model's context sets no limit: all signals of a call are in memory at once
-CELL_PARTS = ("source", "target", "source_entropy", "target_entropy", "source_centre", "target_centre")
+OF_CELL = ("slots", "edges", "usage")
+OF_TOKENS = ("source", "target", "source_entropy", "target_entropy", "source_centre", "target_centre")
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,8 @@ class GraphCell:
         source_centre: Mean of the slots by ``source``, (time, d).
         target_centre: By ``target``.
         slots: (S, d).
+        edges: What the transitions along the edges are, Ebar, (S, S).
+        usage: Running mean of the sources in training, (S,).
         scalars: Mean of every signal that is one number.
     """
 
@@ -99,6 +109,8 @@ class GraphCell:
     source_centre: Tensor
     target_centre: Tensor
     slots: Tensor
+    edges: Tensor
+    usage: Tensor
     scalars: Mapping[str, float]
 
     @property
@@ -112,9 +124,19 @@ class GraphCell:
         return len(self.slots)
 
     @property
-    def transitions(self) -> Tensor:
+    def moves(self) -> Tensor:
         """Number of tokens by likeliest source and target, (S, S)."""
-        return transition_counts(self.source, self.target)
+        return move_counts(self.source[None], self.target[None])
+
+    @property
+    def soft_moves(self) -> Tensor:
+        """Mean of source times target, (S, S): what part of all movement goes from one to the other."""
+        return soft_moves(self.source[None], self.target[None])
+
+    @property
+    def likeliest(self) -> Tensor:
+        """Share of the tokens whose likeliest source each slot is, (S,)."""
+        return self.moves.sum(1).to(self.source) / len(self.source)
 
     @property
     def effective(self) -> float:
@@ -122,9 +144,24 @@ class GraphCell:
         return effective_number(self.source.mean(0)).item()
 
     @property
+    def likeliest_effective(self) -> float:
+        """How many it uses as likeliest ones."""
+        return effective_number(self.likeliest).item()
+
+    @property
+    def likeliest_gini(self) -> float:
+        """How unevenly: 0 if equally, 1 - 1/S if all tokens have one."""
+        return gini(self.likeliest).item()
+
+    @property
+    def information(self) -> float:
+        """Nats that the source says about its token."""
+        return mutual_information(self.source[None]).item()
+
+    @property
     def stays(self) -> float:
         """Share of tokens whose likeliest target is their likeliest source."""
-        return self.transitions.diagonal().sum().item() / len(self.source)
+        return self.moves.diagonal().sum().item() / len(self.source)
 
 
 @dataclass(frozen=True)
@@ -212,7 +249,7 @@ def slot_rows(reading: Reading, decode: Callable[[list[int]], str], top: int = 8
 
     Returns:
         A dict a slot with ``block, slot, usage, tokens, target_usage, target_tokens``: usage is the mean probability,
-        tokens are those whose likeliest source (target) it is, as ``'text' count``.
+        tokens are those whose likeliest source (target) it is, as ``'text' (id) count``.
     """
     rows: list[dict[str, Any]] = []
     for cell in reading.cells:
@@ -220,7 +257,8 @@ def slot_rows(reading: Reading, decode: Callable[[list[int]], str], top: int = 8
         for weights in (cell.source, cell.target):
             columns.append([f"{share:.6g}" for share in weights.mean(0).tolist()])
             table = slot_tokens(weights.argmax(-1), reading.tokens, cell.num_slots, top)
-            columns.append(["; ".join(f"{decode([token])!r} {count}" for token, count in row) for row in table])
+            words = [[f"{decode([token])!r} ({token}) {count}" for token, count in row] for row in table]
+            columns.append(["; ".join(row) for row in words])
         for slot, (usage, chosen, target_usage, target_chosen) in enumerate(zip(*columns, strict=True)):
             rows.append(
                 {
@@ -266,6 +304,26 @@ class Plane:
         return (points.double() - self.centre) @ self.axes.mT
 
 
+def spectral_order(weights: Tensor) -> Tensor:
+    """Return an order of nodes in which those that are linked strongly are near one another.
+
+    It is that of the second eigenvector of the normalised Laplacian, of links in either direction; a small weight
+    between all nodes keeps those with hardly any from the ends.
+
+    Args:
+        weights: Of the links, (S, S), not negative; the diagonal plays no part.
+
+    Returns:
+        The nodes in their order, (S,).
+    """
+    links = (weights + weights.mT).double().fill_diagonal_(0)
+    links = links + 0.01 * links.mean().clamp_min(1e-300)
+    scale = links.sum(1).rsqrt()
+    vectors = torch.linalg.eigh(scale[:, None] * links * scale).eigenvectors
+    place: Tensor = vectors[:, -2] * scale
+    return (place * place[place.abs().argmax()].sign()).argsort()
+
+
 class _Collected:
     """The signals of one call after the other, reduced to what a reading keeps."""
 
@@ -285,7 +343,7 @@ class _Collected:
             along = values[0].double().reshape(time, -1).mean(1) if of_tokens else None
             self._along.setdefault(name, []).append(along)
             path, _, leaf = name.rpartition(".")
-            if path in cells and leaf in (*CELL_PARTS, "slots"):
+            if path in cells and leaf in (*OF_TOKENS, *OF_CELL):
                 self._kept.setdefault(name, []).append(values)
 
     def signals(self) -> list[Signal]:
@@ -304,22 +362,20 @@ class _Collected:
         return [self._cell(path) for path in _cell_paths(self._shapes)]
 
     def _cell(self, path: str) -> GraphCell:
-        parts = {part: torch.cat([piece[0] for piece in self._kept[f"{path}.{part}"]]) for part in CELL_PARTS}
+        parts = {part: torch.cat([piece[0] for piece in self._kept[f"{path}.{part}"]]) for part in OF_TOKENS}
+        parts |= {part: self._kept[f"{path}.{part}"][-1] for part in OF_CELL}
         scalars = {
             name.rpartition(".")[2]: Moments.join(self._moments[name]).mean
             for name, shapes in self._shapes.items()
             if name.rpartition(".")[0] == path and shapes[-1] == ()
         }
-        return GraphCell(path, slots=self._kept[f"{path}.slots"][-1], scalars=scalars, **parts)
+        return GraphCell(path, scalars=scalars, **parts)
 
 
 def _cell_paths(names: Collection[str]) -> list[str]:
     """Return the paths of the layers that report what a graph memory cell does."""
-    return [
-        name.removesuffix(".transitions")
-        for name in names
-        if name.endswith(".transitions") and f"{name.removesuffix('.transitions')}.source_centre" in names
-    ]
+    paths = [name.removesuffix(".moves") for name in names if name.endswith(".moves")]
+    return [path for path in paths if f"{path}.source_centre" in names]
 
 
 def _varies(signal: Signal) -> bool:

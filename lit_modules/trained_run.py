@@ -6,6 +6,9 @@ from typing import Any, Self
 
 import torch
 
+from memzoo.layers.errors import check_number
+from memzoo.layers.graph_memory_cell import GraphMemoryCell
+from memzoo.layers.graph_memory_upkeep import set_temperature
 from memzoo.lit_modules.checkpoint import check_checkpoint
 from memzoo.lit_modules.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -20,6 +23,7 @@ class TrainedRun:
         tokenizer: Turns text into the tokens that the model knows.
         model: Name in the registry.
         overrides: Arguments in place of the named model's own.
+        routing_temperature: Of all graph memory cells; None for what is stored with their weights.
     """
 
     checkpoint: str
@@ -27,19 +31,31 @@ class TrainedRun:
     tokenizer: Tokenizer
     model: str
     overrides: dict[str, Any]
+    routing_temperature: float | None = None
 
     @classmethod
-    def find(cls, checkpoint: str, *, tokenizer: str | None = None, device: str = "cpu") -> Self:
+    def find(
+        cls,
+        checkpoint: str,
+        *,
+        tokenizer: str | None = None,
+        device: str = "cpu",
+        routing_temperature: float | None = None,
+    ) -> Self:
         """Read the settings of the run.
 
         Args:
             checkpoint: A .ckpt file that a run has written.
             tokenizer: "bytes" or a tokenizer.json; the one the model was trained with by default.
             device: "cpu" or "cuda".
+            routing_temperature: Of all graph memory cells; that at which the run was evaluated by default.
 
         Raises:
-            ValueError: It is no such file, it does not name its model, or tokenizer or device are not there.
+            ValueError: It is no such file, it does not name its model, tokenizer or device are not there, or the
+                temperature is not above zero or the model has no graph memory cells.
         """
+        if routing_temperature is not None:
+            check_number("routing_temperature", routing_temperature)
         check_checkpoint("checkpoint", checkpoint)
         if not Path(checkpoint).is_file():
             raise ValueError(f"checkpoint={checkpoint!r} is not a file; pass a .ckpt file that a run has written")
@@ -53,7 +69,15 @@ class TrainedRun:
                 f"checkpoint={checkpoint!r} does not name its model; load it in Python with load_from_checkpoint"
             )
         coder = load_tokenizer(tokenizer or trained_with)
-        return cls(checkpoint, device, coder, chosen["model"], chosen.get("overrides") or {})
+        upkeep = stored.get("callbacks", {}).get("GraphMemoryUpkeep", {})
+        temperature = upkeep.get("evaluation_temperature") if routing_temperature is None else routing_temperature
+        run = cls(checkpoint, device, coder, chosen["model"], chosen.get("overrides") or {}, temperature)
+        if temperature is not None and not any(isinstance(layer, GraphMemoryCell) for layer in run.outline().modules()):
+            raise ValueError(
+                f"routing_temperature={temperature} is of graph memory cells, and model={run.model!r} has none; leave "
+                f"it out"
+            )
+        return run
 
     def outline(self) -> Any:
         """Return the model without its weights, on the meta device: its sizes.
@@ -70,4 +94,7 @@ class TrainedRun:
         """Return the model with its weights, in eval mode."""
         from memzoo.lit_modules.causal_lm import CausalLMModule
 
-        return CausalLMModule.load_from_checkpoint(self.checkpoint, map_location=self.device).eval().model
+        model = CausalLMModule.load_from_checkpoint(self.checkpoint, map_location=self.device).eval().model
+        if self.routing_temperature is not None:
+            set_temperature(model, self.routing_temperature)
+        return model

@@ -9,15 +9,17 @@ A slot is a centroid, a row of C' (S, d); the edges E (S, S) are directed. Of a 
     target   v   = softmax_k( p + a ),  or of log p + a                             where it goes
     movement     = v C' - w C'
 
-What depends on the parameters alone, ``GraphTables``, is made once for all tokens. Queries and keys meet there: with
-A = W_Q^T W_K C'^T / sqrt(n), one product of x with [unit rows of C' | A] gives similarities and scores, with 4 S d
-operations a token in place of 2 S d + 2 d n + 2 S n. Another with C' gives the movement, with 2 S d.
+What depends on the parameters alone, ``GraphTables``, is made once for all tokens. Where that is less work, queries and
+keys meet there: with A = W_Q^T W_K C'^T / sqrt(n), one product of x with [unit rows of C' | A] gives similarities and
+scores, with 4 S d operations a token in place of 2 S d + 2 d n + 2 S n. Another with C' gives the movement, with 2 S d.
 
 Everything is computed in at least float32, whatever autocast says: similarities near 1 are divided by their distance to
-it, and bfloat16 has steps of 1/256 there.
+it, and bfloat16 has steps of 1/256 there. TF32 has steps of 1/2048: where products of float32 may be rounded to it
+(``torch.set_float32_matmul_precision``), sources of tokens near a centroid are off.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch.nn import functional as F
 
 from memzoo.layers.ops.precision import no_autocast, wider
 
-EDGE_MODES = ("prob", "logprob")
+EdgeMode = Literal["prob", "logprob"]
 SMALL = 1e-8  # added inside logarithms of probabilities, as in the official code
 
 
@@ -35,12 +37,14 @@ class GraphTables:
 
     Attributes:
         centroids: (S, d), C'.
-        projection: (d, 2 S), the unit rows of C', then what turns tokens into scores.
+        projection: (d, 2 S), the unit rows of C', then what turns tokens into scores; or (d, S + n), then W_Q^T.
+        keys: (n, S), what turns queries into scores; None in the first case.
         transitions: (S, S), Ebar: rows sum to one, the diagonal is zero.
     """
 
     centroids: Tensor
     projection: Tensor
+    keys: Tensor | None
     transitions: Tensor
 
 
@@ -72,7 +76,7 @@ def graph_memory(
     temperature: Tensor | float,
     *,
     distance_floor: float = 0.01,
-    edge_mode: str = "prob",
+    edge_mode: EdgeMode = "prob",
     hops: int = 1,
 ) -> tuple[Tensor, GraphRouting]:
     """Move every token through the graph.
@@ -106,11 +110,13 @@ def graph_tables(centroids: Tensor, edges: Tensor, query: Tensor, key: Tensor) -
     with no_autocast(centroids.device):
         centroids, edges, query, key = map(wider, (centroids, edges, query, key))
         unit = F.normalize(centroids, dim=-1)
-        # (W_Q^T / sqrt(n)) (W_K C'^T): the narrow factor n stays inside, so 4 n S d operations in all.
-        scores = (query * len(query) ** -0.5).mT @ (key @ centroids.mT)
+        keys = (key @ centroids.mT) * len(query) ** -0.5
         diagonal = torch.eye(len(edges), dtype=torch.bool, device=edges.device)
         transitions = edges.masked_fill(diagonal, -torch.inf).softmax(-1)
-        return GraphTables(centroids, torch.cat((unit.mT, scores), dim=-1), transitions)
+        (num_slots, dim), navigation_dim = centroids.shape, len(query)
+        if dim * num_slots <= navigation_dim * (dim + num_slots):
+            return GraphTables(centroids, torch.cat((unit.mT, query.mT @ keys), dim=-1), None, transitions)
+        return GraphTables(centroids, torch.cat((unit.mT, query.mT), dim=-1), keys, transitions)
 
 
 def route(
@@ -119,13 +125,15 @@ def route(
     temperature: Tensor | float,
     *,
     distance_floor: float,
-    edge_mode: str,
+    edge_mode: EdgeMode,
     hops: int,
 ) -> GraphRouting:
     """Find every token's source and target; arguments and shapes as in ``graph_memory``."""
     with no_autocast(x.device):
         x = wider(x)
-        inner, scores = (x @ tables.projection).chunk(2, dim=-1)
+        inner, scores = (x @ tables.projection).tensor_split([len(tables.centroids)], dim=-1)
+        if tables.keys is not None:
+            scores = scores @ tables.keys
         # As F.normalize, but of S numbers a token instead of d.
         similarity = inner / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
         source = (1 / (1 - similarity).clamp_min(distance_floor) / temperature).softmax(-1)

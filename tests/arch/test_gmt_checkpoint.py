@@ -69,18 +69,18 @@ def logits(w: dict[str, Tensor], tokens: Tensor) -> Tensor:
     return norm(h, "norm_final") @ w["embed.weight"].T
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_an_official_checkpoint_means_its_equations(wrapped: bool, compiled: bool) -> None:
+def test_an_official_checkpoint_means_its_equations(wrapper: str | None, compiled: bool) -> None:
     state, loaded = official(), model()
     given: dict[str, Any] = {("_orig_mod." * compiled) + name: value for name, value in state.items()}
-    loaded.load_gmt_state_dict({"model": given, "opt": {}, "global_step": 3} if wrapped else given)
+    loaded.load_gmt_state_dict(given if wrapper is None else {wrapper: given, "opt": {}, "step": 3})
     tokens = torch.randint(V, (3, T))
     torch.testing.assert_close(loaded(tokens)[0], logits(state, tokens), rtol=0, atol=1e-10)
     for index, cell in enumerate(loaded.cells()):
         assert torch.equal(cell.usage, state[f"blocks.{index}.cell.usage"])
         assert torch.equal(cell.age.double(), state[f"blocks.{index}.cell.centroid_age"])
-        assert torch.equal(cell.momentum, state[f"blocks.{index}.cell.write_momentum"])
+        assert cell.momentum.item() == state[f"blocks.{index}.cell.write_momentum"].item()
         assert cell.temperature == state["temp"]
 
 
@@ -112,6 +112,40 @@ def test_a_model_loads_what_it_is_in_the_official_names() -> None:
         assert torch.equal(value, own[name]), name
 
 
+def test_buffers_may_be_missing_and_are_kept() -> None:
+    state, loaded = official(), model()
+    for index, cell in enumerate(loaded.cells()):
+        cell.temperature.fill_(0.1 + index)
+        cell.usage.copy_(torch.randn(S).softmax(0))
+        cell.age.fill_(3 + index)
+    kept = {name: value.clone() for name, value in loaded.named_buffers()}
+    buffers = ("temp", "usage", "centroid_age", "diag_mask")
+    loaded.load_gmt_state_dict({name: value for name, value in state.items() if not name.endswith(buffers)})
+    assert {name.rpartition(".")[2] for name in kept} == {"temperature", "usage", "age"}
+    for name, value in loaded.named_buffers():
+        assert torch.equal(value, kept[name]), name
+    assert torch.equal(loaded.blocks[1].ffn.centroids, state["blocks.1.cell.C"])
+
+
+@pytest.mark.parametrize("missing", ["embed.weight", "lm_head.weight"])
+def test_tied_embeddings_go_by_either_name(missing: str) -> None:
+    state, loaded = official(), model()
+    loaded.load_gmt_state_dict({name: value for name, value in state.items() if name != missing})
+    assert torch.equal(loaded.embedding.weight, state["embed.weight"])
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_number_may_be_a_scalar_or_a_vector_of_one(shape: tuple[int, ...]) -> None:
+    scalars = ("temp", "cell.gate", "cell.write_momentum")
+    state, loaded = official(), model()
+    given = {name: value.reshape(shape) if name.endswith(scalars) else value for name, value in state.items()}
+    loaded.load_gmt_state_dict(given)
+    for index, cell in enumerate(loaded.cells()):
+        found = cell.temperature.item(), cell.gate.item(), cell.momentum.item()
+        names = ("temp", f"blocks.{index}.cell.gate", f"blocks.{index}.cell.write_momentum")
+        assert found == tuple(state[name].item() for name in names)
+
+
 def test_an_untied_model_takes_the_head() -> None:
     state, loaded = official() | {"lm_head.weight": torch.randn(V, D, dtype=torch.float64)}, model(tie_embeddings=False)
     loaded.load_gmt_state_dict(state)
@@ -123,27 +157,23 @@ def test_an_untied_model_takes_the_head() -> None:
     [
         (
             {},
-            {"temp": None},
-            r"not that of an official GMT with these options: missing \['temp'\], unknown \[\]; build",
+            {"ln_f.weight": torch.zeros(D)},
+            r"an official GMT with these options: none missing, 1 names \(ln_f.weight\) unknown; build the model with",
         ),
-        ({}, {"blocks.1.cell.C": None}, r"missing \['blocks.1.cell.C'\]"),
-        ({}, {"blocks.2.cell.C": torch.zeros(S, D)}, r"missing \[\], unknown \['blocks.2.cell.C'\]"),
+        ({}, {"embed.weight": None, "lm_head.weight": None}, r"1 names \(embed.weight\) missing, none unknown"),
         (
             {},
-            {"blocks.0.cell.E": torch.zeros(S, 2)},
-            r"blocks.0.ffn.edges has shape \(6, 2\) in the checkpoint, \(6, 6\)",
+            {f"blocks.1.cell.{n}": None for n in ("C", "E", "gate", "Q_proj.weight")},
+            r"4 names \(.*, \.\.\.\) missing",
         ),
-        ({}, {"blocks.0.attn.qkv.weight": torch.zeros(2 * D, D)}, r"blocks.0.mixer.query.weight has shape \(6, 8\)"),
-        ({}, {"blocks.0.attn.qkv.weight": torch.zeros(2, D)}, r"blocks.0.mixer.query.weight has shape \(1, 8\)"),
-        (
-            {},
-            {"temp": torch.zeros(1)},
-            r"blocks.0.ffn.temperature has shape \(1,\) in the checkpoint, \(\) in the model",
-        ),
+        ({}, {"blocks.2.cell.C": torch.zeros(S, D)}, r"none missing, 1 names \(blocks.2.cell.C\) unknown"),
+        ({}, {"blocks.0.cell.E": torch.zeros(S, 2)}, r"blocks.0.cell.E has shape \(6, 2\) in the checkpoint, \(6, 6\)"),
+        ({}, {"blocks.0.attn.qkv.weight": torch.zeros(2 * D, D)}, r"qkv.weight has shape \(16, 8\) .*, \(24, 8\) in"),
+        ({}, {"temp": torch.zeros(2)}, r"temp has shape \(2,\) in the checkpoint, \(\) in the model"),
         ({}, {"lm_head.weight": torch.zeros(V, D)}, "lm_head.weight is not the embeddings; .*tie_embeddings=False"),
-        ({"tie_embeddings": False}, {"lm_head.weight": None}, r"missing \['lm_head.weight'\]"),
-        ({"context": 4}, {}, r"positions.weight has shape \(10, 8\) in the checkpoint, \(4, 8\) in the model"),
-        ({"cell": {"channel_gate": True}}, {}, r"blocks.0.ffn.gate has shape \(\) in the checkpoint, \(8,\)"),
+        ({"tie_embeddings": False}, {"lm_head.weight": None}, r"1 names \(lm_head.weight\) missing"),
+        ({"context": 4}, {}, r"pos_embed.weight has shape \(10, 8\) in the checkpoint, \(4, 8\) in the model"),
+        ({"cell": {"channel_gate": True}}, {}, r"blocks.0.cell.gate has shape \(\) in the checkpoint, \(8,\)"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_and_leaves_the_weights(

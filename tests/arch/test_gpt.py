@@ -158,6 +158,12 @@ def test_a_token_beyond_the_context_is_refused_before_anything_is_computed(
     assert len(ran) == (2 if case in ("continued", "step") else 0)  # of the call that made the state
 
 
+def test_a_compiled_model_refuses_it_too() -> None:
+    compiled = torch.compile(small(), backend="eager")
+    with pytest.raises(ValueError, match="tokens reach position 12, the model has context=12"):
+        compiled(tokens(CONTEXT + 1))
+
+
 @pytest.mark.parametrize("start", [None, 4])
 def test_generation_fills_the_context_and_no_more_is_asked_for(start: int | None) -> None:
     model, prompt = small().eval(), tokens(5)

@@ -79,6 +79,7 @@ def test_every_option_of_the_cell_arrives(monkeypatch: pytest.MonkeyPatch) -> No
         "distance_floor": 0.02, "gate_init": -4.0, "momentum_init": 2.0, "edge_mode": "logprob", "hops": 2,
         "channel_gate": True, "write_back": "deferred", "temperature": 0.5, "edge_entropy_floor": 1.0,
         "usage_target": 3.0, "loss_weights": {"track": 0.0}, "dead_usage": 0.01, "merge_cosine": 0.9, "merge_age": 7,
+        "written": "direction",
     }  # fmt: skip
     taken = inspect.signature(GraphMemoryCell).parameters.keys()
     assert {"dim", "num_slots", "navigation_dim"} | options.keys() == taken
@@ -146,7 +147,10 @@ def test_losses_are_means_over_the_blocks_and_statistics_are_of_every_cell(check
     ("options", "words"),
     [
         ({"cell": {"writeback": "off"}}, "cell option='writeback' is not one of .*did you mean 'write_back'"),
-        ({"cell": {"num_slots": 3}}, "cell option='num_slots' is not one of"),
+        (
+            {"cell": {"num_slots": 3}},
+            "cell={'num_slots': 3} is an argument of the model itself; pass num_slots=3 beside",
+        ),
         ({"cell": {"write_back": "on"}}, "write_back='on' is not one of"),
         ({"num_slots": 1}, "num_slots=1"),
         ({"navigation_dim": 0}, "navigation_dim=0"),

@@ -41,7 +41,7 @@ def test_15_the_losses_are_their_formulas():
     usage = routing.source.mean((0, 1))
     error = (stream + y).detach() - routing.source @ centroids
     expected = {
-        "track": (1 - cell.momentum.sigmoid()) * error.square().mean(),
+        "track": (1 - cell.momentum.sigmoid()[0]) * error.square().mean(),
         "ortho": cosines(cell.centroids).square().mean(),
         "cluster": (SLOTS / 4 / entropy(usage / usage.sum()).exp().clamp(min=1) - 1).clamp(min=0),
         "edge": (1.3 - entropy(transitions)).clamp(min=0).mean(),

@@ -1,22 +1,24 @@
-"""What graph memory cells report: every quantity on a case that is worked out by hand."""
+"""What graph memory cells report: every signal on a case that is worked out by hand."""
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from memzoo.layers.graph_memory_signals import (
-    coverage,
-    effective_number,
-    gini,
-    off_diagonal_cosines,
-    report_signals,
-    row_entropy,
-    slot_tokens,
-    transition_counts,
-)
-from memzoo.layers.ops.graph_memory import GraphRouting, GraphTables, graph_memory, graph_tables
+from memzoo.layers.graph_memory_signals import report_signals
+from memzoo.layers.ops.graph_memory import GraphRouting, graph_memory, graph_tables
 from memzoo.layers.trace import Trace
+
+OF_THE_TEXT = {
+    "moves",
+    "soft_moves",
+    "batch_effective",
+    "mutual_information",
+    "self_route",
+    "argmax_effective",
+    "argmax_gini",
+}
 
 
 def close(value, expected):
@@ -27,48 +29,6 @@ def numbers(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_entropy_is_of_the_last_axis_and_finite_where_probabilities_are_zero():
-    rows = torch.stack((numbers(1, 0, 0, 0), numbers(0.5, 0.5, 0, 0), numbers(0.25, 0.25, 0.25, 0.25)))
-    close(row_entropy(rows), [0, math.log(2), math.log(4)])
-
-
-def test_the_effective_number_counts_equally_used_slots_whatever_the_scale():
-    close(effective_number(numbers(3, 3, 0, 0)), 2)
-    close(effective_number(torch.stack((numbers(1, 0, 0), numbers(1, 1, 1)))), [1, 3])
-    # H = ln 4 - 3/4 ln 3, so exp(H) = 4 / 3**0.75
-    close(effective_number(numbers(1, 3)), 4 / 3**0.75)
-
-
-def test_gini_is_zero_for_equal_counts_and_most_where_one_slot_holds_all():
-    close(gini(numbers(5, 5, 5, 5)), 0)
-    close(gini(numbers(0, 0, 8, 0)), 3 / 4)
-    # Mean absolute difference of (1, 3) is 1 over all four pairs, over twice the mean: 1 / 4.
-    close(gini(torch.stack((numbers(1, 3), numbers(3, 1)))), [0.25, 0.25])
-
-
-def test_off_diagonal_cosines_leave_the_diagonal_out_and_ignore_lengths():
-    rows = torch.stack((numbers(2, 0), numbers(0, 5), numbers(-1, 0)))
-    close(off_diagonal_cosines(rows), [[0, -1], [0, 0], [-1, 0]])
-
-
-def test_coverage_is_the_mean_distance_to_the_nearest_other_centroid():
-    root = math.sqrt(0.5)
-    rows = torch.stack((numbers(1, 0), numbers(0, 3), numbers(1, 1)))  # each end is at 45 degrees from the third
-    close(coverage(rows), 1 - root)
-
-
-def test_transitions_count_tokens_by_their_likeliest_source_and_target():
-    source = torch.eye(3)[torch.tensor([[0, 0, 2], [2, 1, 0]])]
-    target = torch.eye(3)[torch.tensor([[1, 1, 2], [0, 0, 0]])]
-    assert transition_counts(source, target).tolist() == [[1, 2, 0], [1, 0, 0], [1, 0, 1]]
-
-
-def test_every_slot_names_the_tokens_that_choose_it_most():
-    assignments = torch.tensor([[2, 0, 0, 2, 0, 0, 0]])
-    tokens = torch.tensor([[7, 9, 4, 7, 4, 9, 5]])
-    assert slot_tokens(assignments, tokens, 4, top=2) == [[(4, 2), (9, 2)], [], [(7, 2)], []]
-
-
 @pytest.fixture
 def case():
     """Three slots on the axes of the plane and four tokens, all probabilities set by hand."""
@@ -77,7 +37,8 @@ def case():
     slots = torch.stack((numbers(1, 0), numbers(0, 1), numbers(-1, 0)))
     edges = torch.stack((numbers(0, 1, 0), numbers(0.5, 0, 0.5), numbers(0.5, 0.5, 0)))
     routing = GraphRouting(source / 3, source, source @ edges, source * 2, target)
-    tables = GraphTables(slots, torch.zeros(2, 6, dtype=torch.float64), edges)
+    zero = torch.zeros(1, 2, dtype=torch.float64)
+    tables = replace(graph_tables(slots, edges, zero, zero), transitions=edges)
     return routing, tables, (target - source) @ slots
 
 
@@ -107,6 +68,7 @@ def test_what_is_of_every_token(case):
     close(signals["target_centre"], [[[0, 1], [0, 1], [0.2, 0], [-1, 0]]])
     assert torch.equal(signals["movement"], movement)
     assert torch.equal(signals["slots"], tables.centroids)
+    assert torch.equal(signals["edges"], tables.transitions)
     fifth = -0.2 * math.log(0.2) - 0.8 * math.log(0.8)
     close(signals["source_entropy"], [[math.log(2), 0, 0, fifth]])
     close(signals["target_entropy"], [[0, 0, -0.6 * math.log(0.6) - 0.4 * math.log(0.4), 0]])
@@ -115,12 +77,34 @@ def test_what_is_of_every_token(case):
 def test_what_is_of_the_text(case):
     signals = report(case)
     # Likeliest sources 0, 0, 0, 2 (the first of equals) and targets 1, 1, 0, 2.
-    assert signals["transitions"].tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 1]]
+    assert signals["moves"].tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 1]]
     close(signals["self_route"], 2 / 4)
     close(signals["argmax_effective"], 4 / 3**0.75)
     close(signals["argmax_gini"], (0 * -2 + 1 * 0 + 3 * 2) / (3 * 4))
     soft = [2.5 / 4, 0.7 / 4, 0.8 / 4]
-    close(signals["batch_effective"], math.exp(-sum(p * math.log(p) for p in soft)))
+    entropy = -sum(p * math.log(p) for p in soft)
+    close(signals["batch_effective"], math.exp(entropy))
+    fifth = -0.2 * math.log(0.2) - 0.8 * math.log(0.8)
+    close(signals["mutual_information"], entropy - (math.log(2) + fifth) / 4)
+    close(signals["soft_moves"], [[0.15, 0.375, 0.1], [0, 0.125, 0.05], [0, 0, 0.2]])
+
+
+def test_what_is_of_the_text_is_of_its_real_tokens(case):
+    routing, tables, movement = case
+    mask = torch.tensor([[True, False, True, True]])
+    real = GraphRouting(*(getattr(routing, field.name)[:, mask[0]] for field in fields(routing)))
+    masked, alone = report(case, mask=mask), report((real, tables, movement[:, mask[0]]))
+    for name in OF_THE_TEXT:
+        torch.testing.assert_close(masked[name], alone[name])
+    whole = report(case)
+    assert all(torch.equal(masked[name], whole[name]) for name in whole.keys() - OF_THE_TEXT)
+    assert masked["moves"].tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
+
+
+def test_of_a_text_without_a_real_token_nothing_is_said(case):
+    signals = report(case, mask=torch.zeros(1, 4, dtype=torch.bool))
+    assert signals["moves"].sum() == 0
+    assert all(signals[name].isnan().all() for name in OF_THE_TEXT - {"moves"})
 
 
 def test_what_is_of_the_cell(case):
@@ -147,18 +131,11 @@ def test_the_precision_of_the_routing_is_kept(dtype):
     )
     movement, routing = graph_memory(x, centroids, edges, query, key, 0.5)
     signals = report((routing, graph_tables(centroids, edges, query, key), movement))
-    counted = {"transitions", "dead"}
+    counted = {"moves", "dead"}
     handed = {"usage", "usage_effective", "gate", "momentum", "temperature"}
     assert {value.dtype for name, value in signals.items() if name not in counted | handed} == {dtype}
     torch.testing.assert_close(signals["target_centre"], routing.target @ centroids)
-    assert signals["transitions"].sum() == 10
-
-
-def test_the_measures_that_are_losses_too_have_gradients():
-    rows = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    for function in (row_entropy, effective_number):
-        assert torch.autograd.gradcheck(lambda x, f=function: f(x.softmax(-1)), rows)
-    assert torch.autograd.gradcheck(off_diagonal_cosines, rows)
+    assert signals["moves"].sum() == 10
 
 
 def test_a_buffer_is_reported_as_it_was(case):

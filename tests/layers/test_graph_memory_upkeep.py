@@ -183,16 +183,54 @@ def test_joining_leaves_its_parts_as_they_were():
     assert_close(join(parts[:1]), parts[0], 0)
 
 
+@pytest.mark.parametrize("path", ["cells.0", "cells.1"])
 @pytest.mark.parametrize("name", ["source_mass", "tokens", "write_sums", "write_counts"])
-def test_statistics_that_are_missing_or_of_another_shape_are_refused_by_name(name):
-    model = Stack(write_back="deferred")
+def test_statistics_that_are_missing_or_of_another_shape_are_refused_by_name(path, name):
+    model, wrong = Stack(write_back="deferred"), f"{path}.{name}"
     statistics, before = statistics_of(model, randn(1, 4, DIM)), copy.deepcopy(model.state_dict())
-    missing = {path: value for path, value in statistics.items() if path != f"cells.0.{name}"}
-    with pytest.raises(ValueError, match=name):
+    missing = {path: value for path, value in statistics.items() if path != wrong}
+    with pytest.raises(ValueError, match=wrong):
         commit(model, missing)
-    with pytest.raises(ValueError, match=name):
-        commit(model, statistics | {f"cells.0.{name}": torch.zeros(3, 2)})
+    with pytest.raises(ValueError, match=wrong):
+        commit(model, statistics | {wrong: torch.zeros(3, 2)})
     assert_close(model.state_dict(), before, 0)
+
+
+def test_a_wrapped_model_commits_what_it_reported():
+    model, x = Stack(write_back="deferred"), randn(2, 4, DIM)
+    statistics, parallel = statistics_of(model, x), nn.Module()
+    parallel.module = torch.compile(model, backend="eager")
+    parallel.module._orig_mod.cells[1].compile(backend="eager")
+    commit(parallel, statistics)
+    assert all((cell.age == 1).all() for cell in model.cells)
+    assert maintain(parallel, statistics, generator()) == {"reset": 0, "merged": 0}
+
+
+def test_13_without_momentum_slots_without_tokens_and_with_infinite_ones_keep_their_direction():
+    cell, x = build(write_back="deferred", momentum_init=-math.inf), randn(1, 1, DIM)
+    statistics = statistics_of(cell, x)
+    before = nn.functional.normalize(cell.centroids.detach(), dim=-1)
+    taken = int(statistics["write_counts"].argmax())
+    with torch.no_grad():
+        cell.momentum.fill_(-math.inf)
+    cell.commit(statistics)
+    left = torch.arange(SLOTS) != taken
+    assert_close(cell.centroids[left], before[left], 1e-12)
+    cell.commit(statistics | {"write_sums": statistics["write_sums"] / 0})
+    assert cell.centroids.isfinite().all()
+
+
+def test_tokens_without_a_direction_seed_nothing():
+    cell, states = cell_at(orthogonal(), usage=[0.0, 0.25, 0.25, 0.25, 0.25]), randn(4, DIM)
+    states[0], states[1], states[2] = 0, math.inf, math.nan
+    assert cell.maintain(states, generator()) == {"reset": 1, "merged": 0}
+    assert_close(cell.centroids[0], nn.functional.normalize(states[3], dim=0))
+
+
+def test_slots_are_seeded_with_different_tokens_where_there_are_enough():
+    cell = cell_at(unit_rows(8), usage=[0.0] * 4 + [0.25] * 4)
+    cell.maintain(unit_rows(4, seed=9), generator())
+    assert len({tuple(row.tolist()) for row in cell.centroids[:4]}) == 4
 
 
 def test_a_commit_leaves_no_gradient_and_training_goes_on():

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 from collections import OrderedDict
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -21,7 +23,9 @@ from memzoo.lit_modules import (
 )
 from memzoo.lit_modules.callbacks import summary_line
 from memzoo.lit_modules.checkpoint import check_checkpoint
+from memzoo.lit_modules.cli import main
 from memzoo.lit_modules.figures import Curve, loss_figure
+from tests.lit_modules.processes import run_two
 
 TEXT = "".join(chr(97 + (i * i) % 26) for i in range(1200))
 
@@ -163,6 +167,56 @@ def test_a_sample_needs_a_prompt_and_a_tokenizer(data):
     plain.train_dataloader = data.train_dataloader
     with pytest.raises(ValueError, match="SampleText needs encode"):
         trainer(SampleText(), val_check_interval=1).fit(module(), datamodule=plain)
+
+
+def positions(context: int) -> CausalLMModule:
+    overrides = {"dim": 16, "depth": 1, "num_heads": 1, "context": context}
+    return CausalLMModule("gpt_tiny", overrides, warmup_steps=1)
+
+
+@pytest.mark.parametrize(("prompt", "new"), [("ab", 15), ("a" * 15, 2), ("a" * 16, 1)])
+def test_a_sample_is_as_long_as_the_context_allows(data, prompt, new):
+    sampler, lit = SampleText(prompt, max_new_tokens=99), positions(16)
+    lit.model.generate = lambda tokens, count, generate=lit.model.generate, **options: (
+        counts.append(count),
+        generate(tokens, count, **options),
+    )[1]
+    counts = []
+    trainer(sampler).fit(lit, datamodule=data)
+    assert counts == [new]
+    sampler.max_new_tokens = 1
+    sampler.sample(lit.trainer, lit)
+    assert counts == [new, 1]
+
+
+def test_a_prompt_without_room_is_refused_before_training(data):
+    lit = positions(16)
+    with pytest.raises(ValueError, match=r"prompt='a+' has 17 tokens, the model has context=16, .*shorter prompt"):
+        trainer(SampleText("a" * 17)).fit(lit, datamodule=data)
+    assert lit.trainer.global_step == 0
+
+
+# Several devices
+
+
+def fit_recipe(folder: Path) -> None:
+    """Train by a recipe, with all its callbacks, a model that is small."""
+    sizes = [f"--model.overrides.{name}" for name in ("dim=8", "depth=1", "num_heads=1", "num_slots=4", "context=32")]
+    data = [f"--data.{name}" for name in ("paths=text.txt", "cache_dir=cache", "sequence_length=32", "batch_size=2")]
+    steps = [f"--trainer.{name}" for name in ("max_steps=2", "val_check_interval=1", "limit_val_batches=1")]
+    devices = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    os.chdir(folder)
+    arguments = [*sizes, *data, *steps, *devices, "--trainer.log_every_n_steps=1"]
+    assert main(["fit", "--config", "gmt/tiny.yaml", *arguments]) == 0
+
+
+def test_a_recipe_comes_to_its_end_on_two_devices(tmp_path):
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 100)
+    run_two(fit_recipe, tmp_path)
+    [summary] = (tmp_path / "runs").rglob("summary.json")
+    outcome = json.loads(summary.read_text())
+    assert (outcome["steps"], outcome["tokens"]) == (2, 2 * 2 * 2 * 32)
+    assert {file.name for file in summary.parent.iterdir()} >= {"loss.png", "metrics.csv"}
 
 
 # Summary, figure

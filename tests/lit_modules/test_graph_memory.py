@@ -1,10 +1,10 @@
 """GraphMemoryUpkeep: the temperature's schedule, commits after the optimiser's step, maintenance, several devices."""
 
 import itertools
-import os
-import socket
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from memzoo.arch import Block, CausalLM
 from memzoo.layers import Attention
@@ -22,6 +23,7 @@ from memzoo.layers.trace import Trace
 from memzoo.lit_modules import CausalLMModule, GraphMemoryUpkeep
 from memzoo.lit_modules.graph_memory import routing_temperature
 from memzoo.recipes import recipe_path
+from tests.lit_modules.processes import run_two
 
 SLOTS = 6
 STEADY = {"temperature_max": 1.0, "temperature_min": 1.0}
@@ -124,6 +126,7 @@ def test_evaluation_may_have_a_temperature_of_its_own_which_training_does_not_se
         assert temperatures(lit) == {0.1}
     assert runs[0] == runs[1]
     lit, seen = module(temperature=0.7), Seen()
+    assert upkeep.state_dict()["evaluation_temperature"] == 0.2
     for evaluate in (trainer(upkeep, seen).validate, trainer(upkeep, seen).test):
         evaluate(lit, loader(batches(1)), verbose=False)
     assert seen.evaluation == [{0.2}, {0.2}]
@@ -220,6 +223,56 @@ def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path):
     torch.testing.assert_close(resumed.state_dict(), straight.state_dict(), rtol=0, atol=0)
 
 
+def test_a_resumed_schedule_of_another_length_is_warned_of(tmp_path):
+    def run(schedule_steps: int, path: Path | None = None, **flat) -> pl.Trainer:
+        upkeep = GraphMemoryUpkeep(schedule_steps=schedule_steps, **flat)
+        run = trainer(upkeep, max_epochs=-1, max_steps=2 if path is None else 3)
+        run.fit(module(), loader(batches(3)), ckpt_path=path)
+        return run
+
+    path = tmp_path / "it.ckpt"
+    run(6).save_checkpoint(path)
+    message = "falls over 6 optimiser steps, this run's over 9, .*schedule_steps=6 to GraphMemoryUpkeep"
+    with pytest.warns(UserWarning, match=message) as given:
+        run(9, path)
+    assert sum("optimiser steps" in str(one.message) for one in given) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the checkpoint's temperature")
+        run(6, path)
+        run(9, path, **STEADY)
+
+
+# Measures
+
+
+def test_how_the_slots_are_used_is_logged_where_the_trainer_logs():
+    lit, rows, logged = module(dead_usage=0.1), batches(4), []
+    cells(lit)[0].usage[0] = 0
+    original = lit.log
+
+    def log(name: str, value: Tensor, *rest, **options) -> None:
+        logged.append((lit.trainer.global_step, name, float(value)))
+        original(name, value, *rest, **options)
+
+    lit.log = log
+    trainer(GraphMemoryUpkeep(**STEADY), log_every_n_steps=2).fit(lit, loader(rows))
+    names = ("usage_effective", "usage_effective_min", "dead_slots", "gate", "momentum", "edge_entropy")
+    measured = [one for one in logged if one[1].removeprefix("train/") in (*names, "centroid_cosine")]
+    assert [step for step, *_ in measured] == [2] * 7 + [4] * 7
+    trace = Trace()
+    lit.model.eval()(rows[0]["tokens"], trace=trace)
+    of_cells = {
+        name: torch.stack([trace.signals[f"blocks.{index}.ffn.{name}"].float() for index in range(2)])
+        for name in ("usage_effective", "dead", "gate", "momentum", "edge_entropy", "centroid_cosine")
+    }
+    expected = {name: values.mean() for name, values in of_cells.items() if name != "dead"}
+    expected |= {"usage_effective_min": of_cells["usage_effective"].min(), "dead_slots": of_cells["dead"].sum()}
+    last = {name.removeprefix("train/"): value for _, name, value in measured[7:]}
+    assert last == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
+    assert of_cells["usage_effective"].min() < of_cells["usage_effective"].mean() < SLOTS
+    assert last["dead_slots"] == 1
+
+
 # Several devices
 
 
@@ -231,10 +284,15 @@ class Replica(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 3:
-            torch.save(pl_module.model.state_dict(), self.folder / f"{trainer.global_rank}.before.pt")
+            self.save(pl_module, f"{trainer.global_rank}.before.pt")
 
     def on_train_end(self, trainer, pl_module):
-        torch.save(pl_module.model.state_dict(), self.folder / f"{trainer.global_rank}.after.pt")
+        self.save(pl_module, f"{trainer.global_rank}.after.pt")
+
+    def save(self, pl_module, name):
+        state = pl_module.model.state_dict()
+        whole = {path: value.full_tensor() if isinstance(value, DTensor) else value for path, value in state.items()}
+        torch.save(whole, self.folder / name)
 
 
 class Shares(pl.LightningDataModule):
@@ -245,53 +303,74 @@ class Shares(pl.LightningDataModule):
         return loader([{"tokens": batch["tokens"].chunk(world)[rank]} for batch in batches(4)])
 
 
-def train(folder: Path, **options) -> None:
-    """Train four steps, the last of which ends with a slot of each cell seeded."""
-    lit = module(dead_usage=0.1, loss_weights={"cluster": 0.0})  # the one loss that is no mean over tokens
-    for cell in cells(lit):
-        cell.usage[0] = 0
-    upkeep = GraphMemoryUpkeep(**STEADY, maintain_every=4)
-    run = trainer(upkeep, Replica(folder), use_distributed_sampler=False, **options)
+def train(folder: Path, cell: dict | None = None, maintain_every: int | None = 4, **options) -> None:
+    """Train four steps, the last of which ends with a slot of each cell seeded if there is maintenance."""
+    # The cluster loss is the one that is no mean over tokens.
+    lit = module(dead_usage=0.1, loss_weights={"cluster": 0.0}, **cell or {})
+    for one in cells(lit):
+        one.usage[0] = 0
+    upkeep = GraphMemoryUpkeep(**STEADY, maintain_every=maintain_every)
+    run = trainer(upkeep, Replica(folder), use_distributed_sampler=False, log_every_n_steps=1, **options)
     run.fit(lit, datamodule=Shares())
 
 
-def train_as(rank: int, folder: Path, port: int) -> None:
-    """Be one of two processes, as torchrun starts them."""
-    torch.set_num_threads(1)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ.update({name: str(value) for name, value in (places | address).items()})
-    train(folder, devices=2, strategy="ddp")
+SHARDED = {"cell": {"write_back": "off"}, "maintain_every": None}
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def train_two(folder: Path) -> None:
+    """Be one of two processes that train with replicas, then with shards."""
+    train(folder / "replicas", devices=2, strategy="ddp")
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    train(folder / "shards", devices=2, strategy=strategy, **SHARDED)
 
 
-def test_two_processes_equal_each_other_and_one_that_reads_the_rows_of_both(tmp_path):
-    folders = [tmp_path / "two", tmp_path / "one"]
-    for folder in folders:
-        folder.mkdir()
-    torch.multiprocessing.spawn(train_as, args=(folders[0], free_port()), nprocs=2)
-    train(folders[1])
-    before, after = ([torch.load(folders[0] / f"{rank}.{when}.pt") for rank in (0, 1)] for when in ("before", "after"))
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """What two processes have saved."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("replicas", "shards"):
+        (folder / name).mkdir()
+    run_two(train_two, folder)
+    return folder
+
+
+def saved(folder: Path, when: str) -> list[dict[str, Tensor]]:
+    return [torch.load(path) for path in sorted(folder.glob(f"*.{when}.pt"))]
+
+
+def test_two_processes_equal_each_other_and_one_that_reads_the_rows_of_both(two, tmp_path):
+    before, after = saved(two / "replicas", "before"), saved(two / "replicas", "after")
     for first, second in (before, after):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
-    torch.testing.assert_close(before[0], torch.load(folders[1] / "0.before.pt"), rtol=1e-4, atol=1e-6)
+    train(tmp_path)
+    torch.testing.assert_close(before[:1], saved(tmp_path, "before"), rtol=1e-4, atol=1e-6)
     assert after[0]["blocks.0.ffn.age"].tolist() == [0] + [4] * (SLOTS - 1)
 
 
-def set_up(world_size: int, strategy: type, **cell) -> None:
+def test_two_processes_that_share_the_parameters_equal_one_that_has_all(two, tmp_path):
+    first, second = saved(two / "shards", "after")
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    train(tmp_path, **SHARDED)
+    torch.testing.assert_close([first], saved(tmp_path, "after"), rtol=1e-4, atol=1e-6)
+    assert first["blocks.0.ffn.age"].tolist() == [4] * SLOTS
+
+
+def set_up(world_size: int, strategy: type, maintain_every: int | None = None, **cell) -> None:
     run = SimpleNamespace(world_size=world_size, strategy=strategy.__new__(strategy))
-    GraphMemoryUpkeep().setup(run, module(**cell), "fit")
+    GraphMemoryUpkeep(maintain_every=maintain_every).setup(run, module(**cell), "fit")
 
 
-@pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPStrategy])
-def test_a_strategy_that_shards_is_refused(strategy):
-    with pytest.raises(ValueError, match=f"strategy={strategy.__name__} shards parameters.*strategy='ddp'"):
-        set_up(1, strategy, write_back="off")
+def test_a_strategy_that_shards_is_refused_where_slots_are_changed_whole():
+    set_up(2, ModelParallelStrategy, write_back="off")
+    for options, words in (
+        ({"maintain_every": 3, "write_back": "off"}, "maintain_every=3"),
+        ({"write_back": "deferred"}, "write_back='deferred'"),
+        ({"maintain_every": 3}, "maintain_every=3 and write_back='deferred'"),
+    ):
+        with pytest.raises(ValueError, match=f"ModelParallelStrategy shards the centroids, which {words} .*'ddp'"):
+            set_up(2, ModelParallelStrategy, **options)
+    with pytest.raises(ValueError, match=r"strategy=FSDPStrategy is not supported.*strategy='ddp'"):
+        set_up(1, FSDPStrategy, write_back="off")
 
 
 def test_the_reference_write_back_is_refused_on_several_devices():
@@ -358,8 +437,33 @@ def test_bad_arguments_are_refused(options, message):
 # The recipe
 
 
+def callbacks(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    listed = recipe["trainer"]["callbacks"]
+    return {one["class_path"].rpartition(".")[2]: one.get("init_args", {}) for one in listed}
+
+
 def test_the_base_recipe_trains_as_the_official_code():
     recipe = yaml.safe_load(recipe_path("gmt/base").read_text())
-    trainer, data, model = recipe["trainer"], recipe["data"]["init_args"], recipe["model"]["init_args"]
-    assert data["batch_size"] * data["sequence_length"] * trainer["accumulate_grad_batches"] == 270_336
-    assert (model["decay"], model["betas"], model["final_fraction"]) == ("all", [0.9, 0.95], 0.0)
+    model, data, trainer = recipe["model"]["init_args"], recipe["data"]["init_args"], recipe["trainer"]
+    official = dict(learning_rate=3e-4, weight_decay=0.1, decay="all", betas=[0.9, 0.95])
+    official |= dict(schedule="cosine", warmup_steps=2000, final_fraction=0.0)
+    assert model == official | {"model": "gmt_base", "overrides": {"cell": {"write_back": "deferred"}}}
+    assert (data["batch_size"], data["sequence_length"], data["pack_documents"]) == (8, 1024, False)
+    assert (trainer["max_epochs"], trainer["accumulate_grad_batches"], trainer["limit_val_batches"]) == (2, 33, 512)
+    assert (trainer["precision"], trainer["gradient_clip_val"]) == ("bf16-mixed", 1.0)
+    upkeep = dict(temperature_max=1.0, temperature_min=0.1, maintain_every=110, states="last")
+    assert callbacks(recipe)["GraphMemoryUpkeep"] == upkeep
+
+
+def test_the_base_recipe_and_its_dense_baseline_see_the_same_tokens_and_validate_after_whole_steps():
+    gmt, gpt = (yaml.safe_load(recipe_path(f"gmt/{name}").read_text()) for name in ("base", "gpt_103m"))
+    assert gmt["trainer"]["val_check_interval"] % gmt["trainer"]["accumulate_grad_batches"] == 0
+    models = [recipe["model"]["init_args"] for recipe in (gmt, gpt)]
+    assert (models[1].pop("model"), models[0].pop("model")) == ("gpt_103m", "gmt_base")
+    del models[0]["overrides"]
+    named = callbacks(gmt), callbacks(gpt)
+    del named[0]["GraphMemoryUpkeep"]
+    assert named[0] == named[1]
+    for recipe in (gmt, gpt):
+        del recipe["trainer"]["callbacks"], recipe["trainer"]["logger"]
+    assert gmt == gpt

@@ -13,16 +13,16 @@ from matplotlib.image import imread
 from memzoo.arch import Block, CausalLM, create_model, list_models
 from memzoo.layers import SlidingWindowAttention
 from memzoo.layers.graph_memory_cell import GraphMemoryCell
-from memzoo.layers.graph_memory_signals import transition_counts
+from memzoo.layers.graph_memory_measures import move_counts
 from memzoo.layers.trace import Trace
 from memzoo.lit_modules import CausalLMModule
 from memzoo.lit_modules.cli import main
-from memzoo.lit_modules.inspection import Moments, Plane, block_of, read_text, slot_rows
+from memzoo.lit_modules.inspection import Moments, Plane, block_of, read_text, slot_rows, spectral_order
 
 WORDS = "def f(x):\n    return x\n"
 GRAPH = ("gmt_tiny", dict(dim=16, depth=2, num_heads=2, num_slots=6, navigation_dim=4, context=32))
 TITANS = ("titans_lmm_tiny", dict(dim=16, depth=2, num_heads=1))
-FIGURES = {"tokens.png", "transitions.png", "movement.png", "usage.png", "entropy.png"}
+FIGURES = {"tokens.png", "transitions.png", "edges.png", "movement.png", "usage.png", "entropy.png"}
 
 
 def save(name: str, overrides: dict, path: str = "run.ckpt", vocab_size: int = 256) -> CausalLMModule:
@@ -92,7 +92,42 @@ def test_a_graph_memory_checkpoint_gives_every_table_and_figure(folder, capsys):
         assert row["shape"] == ("x".join(map(str, signals[row["name"]].shape)) or "scalar")
     shown = capsys.readouterr().out
     assert "blocks.*.ffn.source_entropy" in shown
-    assert "slots used" in shown
+    (*of_text,) = shown_rows(shown, "block  slots used")
+    (*of_cells,) = shown_rows(shown, "block  in training")
+    for block, (text_row, cell_row) in enumerate(zip(of_text, of_cells, strict=True)):
+        own = {name.rpartition(".")[2]: value for name, value in signals.items() if f"s.{block}.ffn." in name}
+        added, mixed = (signals[f"blocks.{block}.{name}_update"].mean() for name in ("ffn", "mixer"))
+        shares = [own[name].amax(-1).mean() for name in ("source", "target")]
+        entropies = [own[f"{name}_entropy"].mean() for name in ("source", "target")]
+        names = "batch_effective", "argmax_effective", "argmax_gini", "mutual_information"
+        numbers = [*(own[name] for name in names), *entropies, *shares, own["self_route"]]
+        assert text_row == pytest.approx([block, *(number.item() for number in numbers)], rel=1e-3, abs=1e-6)
+        names = "usage_effective", "dead", "coverage", "edge_entropy", "edge_peak", "temperature", "momentum", "gate"
+        numbers = [*(own[name] for name in names), added, added / mixed]
+        assert cell_row == pytest.approx([block, *(number.item() for number in numbers)], rel=1e-3, abs=1e-6)
+
+
+def shown_rows(shown: str, head: str) -> list[list[float]]:
+    """The numbers of the rows beneath a head."""
+    _, lines = shown.split(head)
+    return [[float(word) for word in line.split()] for line in lines.splitlines()[1:3]]
+
+
+def test_an_earlier_inspections_files_are_gone_and_no_others(folder):
+    save(*GRAPH)
+    assert main(["inspect", "--checkpoint", "run.ckpt", "--prompt", WORDS]) == 0
+    Path("inspection/notes.png").write_text("mine")
+    save(*TITANS)
+    assert main(["inspect", "--checkpoint", "run.ckpt", "--prompt", WORDS]) == 0
+    assert {path.name for path in Path("inspection").iterdir()} == {"tokens.png", "signals.csv", "notes.png"}
+
+
+def test_what_goes_wrong_deletes_nothing(folder):
+    save(*GRAPH)
+    Path("inspection").mkdir()
+    Path("inspection/usage.png").write_text("")
+    assert main(["inspect", "--checkpoint", "run.ckpt", "--prompt", ""]) == 2
+    assert Path("inspection/usage.png").exists()
 
 
 def test_the_table_of_slots_names_the_tokens_of_each(folder):
@@ -106,7 +141,10 @@ def test_the_table_of_slots_names_the_tokens_of_each(folder):
         chosen = [chr(i) for i, best in zip(ids().tolist(), source.argmax(-1).tolist(), strict=True) if best == slot]
         listed = row["tokens"].split("; ") if row["tokens"] else []
         assert len(listed) == min(len(set(chosen)), 8)
-        assert all(f"{token!r} {chosen.count(token)}" in listed for token in set(chosen)) or len(set(chosen)) > 8
+        assert (
+            all(f"{token!r} ({ord(token)}) {chosen.count(token)}" in listed for token in set(chosen))
+            or len(set(chosen)) > 8
+        )
 
 
 def test_any_other_model_gives_its_signals_and_no_slots(folder, capsys):
@@ -119,10 +157,24 @@ def test_any_other_model_gives_its_signals_and_no_slots(folder, capsys):
     assert surprise["shape"] == "1x40x1"
 
 
-def test_no_more_is_read_than_the_context_holds(folder, capsys):
-    save(*GRAPH)
-    assert main(["inspect", "--checkpoint", "run.ckpt", "--prompt", WORDS * 2]) == 0
-    assert "read the first 32 of 46 tokens (the model's context)" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("options", "context", "message"),
+    [
+        ([], 32, "read the first 32 of 46 tokens (the model's context)"),
+        ([], 1024, "read the first 1,024 of 1,058 tokens (the model's context)"),
+        ([], 1040, "read the first 1,024 of 1,058 tokens (max_tokens=1024 by default)"),
+        (["--max_tokens", "40"], 32, "read the first 32 of 46 tokens (the model's context)"),
+        (["--max_tokens", "32"], 32, "read the first 32 of 46 tokens (max_tokens)"),
+        (["--max_tokens", "20"], 32, "read the first 20 of 46 tokens (max_tokens)"),
+    ],
+)
+def test_no_more_is_read_than_the_context_holds(folder, capsys, monkeypatch, options, context, message):
+    # What is drawn is another test's.
+    monkeypatch.setattr("memzoo.lit_modules.inspect_cli._figures", lambda reading, trained: {})
+    save(GRAPH[0], GRAPH[1] | {"context": context})
+    text = WORDS * (2 if context == 32 else 46)
+    assert main(["inspect", "--checkpoint", "run.ckpt", "--prompt", text, *options]) == 0
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -195,9 +247,11 @@ def test_what_a_cell_did_is_known_of_the_whole_text_whatever_the_pieces():
     cell = GraphMemoryCell(16, num_slots=6, navigation_dim=4, temperature=0.1)
     model = CausalLM(256, 16, [Block(SlidingWindowAttention(16, window=4, num_heads=2), cell)]).double()
     (pieces,), (whole,) = read_text(model, ids(), piece=5).cells, read_text(model, ids()).cells
-    assert torch.equal(pieces.transitions, whole.transitions)
-    assert pieces.transitions.sum() == len(ids())
+    assert torch.equal(pieces.moves, whole.moves)
+    assert pieces.moves.sum() == len(ids())
+    torch.testing.assert_close(pieces.soft_moves, whole.soft_moves)
     assert (pieces.effective, pieces.stays) == pytest.approx((whole.effective, whole.stays))
+    assert pieces.information == pytest.approx(whole.information)
     torch.testing.assert_close(pieces.target_centre, whole.target_centre)
 
 
@@ -208,8 +262,10 @@ def test_what_a_cell_did_is_what_it_reported(graph_model):
         own = {name.rpartition(".")[2]: value for name, value in signals.items() if name.startswith(f"{cell.path}.")}
         for part in ("source", "target", "source_centre", "target_centre", "source_entropy", "target_entropy"):
             assert torch.equal(getattr(cell, part), own[part][0])
-        assert torch.equal(cell.slots, own["slots"])
-        assert torch.equal(cell.transitions, own["transitions"])
+        for part in ("slots", "edges", "usage", "moves"):
+            assert torch.equal(getattr(cell, part), own[part])
+        torch.testing.assert_close(cell.soft_moves, own["soft_moves"])
+        torch.testing.assert_close(cell.likeliest, own["moves"].sum(1) / len(ids()))
         assert cell.effective == pytest.approx(own["batch_effective"].item())
         assert cell.stays == pytest.approx(own["self_route"].item())
         assert cell.scalars["edge_entropy"] == pytest.approx(own["edge_entropy"].item())
@@ -258,6 +314,17 @@ def test_the_plane_is_that_of_the_largest_spread():
     torch.testing.assert_close(plane.project(square), expected)
 
 
+def test_the_spectral_order_puts_linked_slots_side_by_side():
+    ring = torch.zeros(12, 12)  # a path through all slots, mixed up
+    mixed = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    ring[mixed[:-1], mixed[1:]] = 1.0
+    order = spectral_order(ring).tolist()
+    assert order in (mixed.tolist(), mixed.tolist()[::-1])
+    two = torch.block_diag(torch.ones(3, 3), torch.ones(2, 2)) + 100 * torch.eye(5)
+    assert {3, 4} in [set(end) for end in (spectral_order(two).tolist()[:2], spectral_order(two).tolist()[3:])]
+    assert sorted(spectral_order(torch.eye(4)).tolist()) == [0, 1, 2, 3]  # nothing is linked
+
+
 def test_a_signals_block_is_the_numbers_in_its_path():
     assert [block_of(name) for name in ("blocks.3.mixer.surprise", "a.1.b.20.c", "gate")] == ["3", "1.20", ""]
 
@@ -266,7 +333,7 @@ def test_slots_that_nobody_chooses_are_listed_without_tokens(graph_model):
     reading = read_text(graph_model, ids("aaaa"))
     rows = slot_rows(reading, lambda tokens: bytes(tokens).decode())
     assert len(rows) == 12
-    counts = transition_counts(reading.cells[0].source, reading.cells[0].target)
+    counts = move_counts(reading.cells[0].source[None], reading.cells[0].target[None])
     for row, sources, targets in zip(rows, counts.sum(1).tolist(), counts.sum(0).tolist(), strict=False):
-        assert row["tokens"] == (f"'a' {sources}" if sources else "")
-        assert row["target_tokens"] == (f"'a' {targets}" if targets else "")
+        assert row["tokens"] == (f"'a' (97) {sources}" if sources else "")
+        assert row["target_tokens"] == (f"'a' (97) {targets}" if targets else "")

@@ -36,7 +36,7 @@ LONG = [name for name in TEXT if "val_sequence_lengths" in read(name)["data"]["i
 def test_every_recipe_of_the_package_is_found():
     titans = [f"titans/{kind}_{size}" for kind in ("lmm", "mac", "mag", "mal") for size in ("340m", "tiny")]
     others = [f"bmojo/{name}" for name in ("1b4", "370m", "long_tiny", "mqar_tiny", "tiny")]
-    others += [f"gmt/{name}" for name in ("base", "gpt_tiny", "tiny")]
+    others += [f"gmt/{name}" for name in ("base", "gpt_103m", "gpt_tiny", "tiny")]
     others += ["mamba/mamba2_tiny", "mamba/mamba_tiny", "mom/340m", "mom/mqar_tiny", "mom/tiny"]
     others += [f"sambay/{name}" for name in ("d16", "d8", "phone_book_tiny", "tiny")]
     assert [*others, *titans, "transformer/tiny"] == RECIPES

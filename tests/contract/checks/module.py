@@ -30,10 +30,13 @@ BF16_EPS = 2.0**-8
 @check(*EVERY)
 def every_parameter_gets_a_gradient(part: Part) -> None:
     module = part.build()
-    for name, gradient in gradients(module, probe(output(module(part.inputs())))).items():
+    y = probe(output(module(part.inputs())))
+    listed = {name: module.get_parameter(name) for name in sorted(reached_by_losses(module))}
+    from_outputs = torch.autograd.grad(y, list(listed.values()), retain_graph=True, allow_unused=True) if listed else ()
+    assert not any(g is not None and g.any() for g in from_outputs), f"outputs reach one of {list(listed)}"
+    for name, gradient in gradients(module, y).items():
         assert gradient.isfinite().all(), f"the gradient of {name} is not finite"
         assert gradient.any(), f"the gradient of {name} is zero everywhere"
-    listed = {name: module.get_parameter(name) for name in sorted(reached_by_losses(module))}
     if listed:
         trace = Trace(signals=False)
         module(part.inputs(), trace=trace)
