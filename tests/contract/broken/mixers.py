@@ -227,6 +227,14 @@ class CannotMove(ExponentialAverage):
         return y, ImmovableState(**vars(end))
 
 
+@fails("masked_tokens_are_in_no_loss")
+class CountsPaddingInItsLoss(ExponentialAverage):
+    def forward(self, x, state=None, *, trace=None, **options):
+        if trace is not None:
+            trace.loss("size", x.square().mean())
+        return super().forward(x, state, trace=trace, **options)
+
+
 @fails("every_parameter_gets_a_gradient")
 class HasAnUnusedParameter(ExponentialAverage):
     def __init__(self, dim):

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from memzoo.layers.state import State
+from memzoo.layers.trace import Trace
 from tests.contract.checks.core import (
     BATCH,
     TIME,
@@ -167,6 +168,19 @@ def masked_tokens_change_nothing(part: Part) -> None:
         y_other, end_other = module(part.changed(x, ~mask), start, mask=mask)
         part.unmoved(y_other[mask], y[mask], "real outputs after a change of the masked tokens")
         same_state(end_other, end, "after a change of the masked tokens")
+
+
+@check(*SEQUENCE)
+def masked_tokens_are_in_no_loss(part: Part) -> None:
+    """Nor in what a layer wants back after the optimiser's step."""
+    module, x, mask = part.build(), part.inputs(), random_mask()
+    reports = []
+    for tokens in (x, part.changed(x, ~mask)):
+        trace = Trace(signals=False)
+        module(tokens, mask=mask, trace=trace)
+        reports.append(trace.losses | trace.statistics)
+    for name, value in reports[0].items():
+        close(reports[1][name], value, f"{name} after a change of the masked tokens")
 
 
 @check(*SEQUENCE)
