@@ -1,6 +1,6 @@
 """CausalLM: a language model of any blocks, that reads, steps and generates."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -170,13 +170,27 @@ class CausalLM(nn.Module):
     ) -> tuple[Tensor, CausalLMState]:
         """Return what the head reads, (batch, time, dim), and the state."""
         check_tokens("tokens", tokens, self.vocab_size)
-        x = self.embedding(tokens.long())
         states = self._block_states(state)
+        x = self.embed(tokens, states, mask=mask, doc_ids=doc_ids)
         ends: list[MixerState] = []
         for index, start in enumerate(states):
             x, end = self.run_block(index, x, start, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
             ends.append(end)
         return self.norm(x), CausalLMState(tuple(ends))
+
+    def embed(
+        self, tokens: Tensor, states: Sequence[MixerState | None], *, mask: Tensor | None, doc_ids: Tensor | None
+    ) -> Tensor:
+        """Return what the first block reads, (batch, time, dim).
+
+        Args:
+            tokens: Checked ids.
+            states: Of the blocks before the call.
+            mask: True at real tokens.
+            doc_ids: Documents packed in one row.
+        """
+        x: Tensor = self.embedding(tokens.long())
+        return x
 
     def run_block(self, index: int, *inputs: Any, trace: Trace | None, donate: bool = False, **options: Any) -> Any:
         """Call a block, so that the backward pass computes it again if ``checkpoint_blocks``; then no state is donated.

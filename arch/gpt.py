@@ -1,6 +1,6 @@
 """GPT: the dense baseline with learned positions, LayerNorm and GELU, as in GPT-2 (Radford et al., 2019)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,10 @@ from memzoo.arch.card import Fidelity, ModelCard
 from memzoo.arch.causal_lm import INITIAL_STD, CausalLM, CausalLMState
 from memzoo.arch.registry import record_config, register_model
 from memzoo.layers.attention import Attention
-from memzoo.layers.errors import check_positive, check_tokens
+from memzoo.layers.errors import check_positive
 from memzoo.layers.feedforward import FeedForward
 from memzoo.layers.ops.attention_checks import check_dropout
 from memzoo.layers.state import MixerState
-from memzoo.layers.trace import Trace
 
 CHOICES = {
     "num_heads": "None: dim / 64",
@@ -152,30 +151,18 @@ class GPT(CausalLM):
     def _draw_layer(self, layer: nn.Module, residual_std: float) -> None:
         super()._draw_layer(layer, INITIAL_STD)
 
-    def forward_features(
-        self,
-        tokens: Tensor,
-        state: CausalLMState | None = None,
-        *,
-        mask: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        trace: Trace | None = None,
-        donate: bool = False,
-    ) -> tuple[Tensor, CausalLMState]:
-        """Return what the head reads, (batch, time, dim), and the state.
+    def embed(
+        self, tokens: Tensor, states: Sequence[MixerState | None], *, mask: Tensor | None, doc_ids: Tensor | None
+    ) -> Tensor:
+        """Return what the first block reads, (batch, time, dim): tokens at their positions.
 
         Raises:
-            ValueError: As ``forward``, or a token stands beyond the last position.
+            ValueError: A token stands beyond the last position, or an argument does not fit.
         """
-        check_tokens("tokens", tokens, self.vocab_size)
-        states = self._block_states(state)
-        x = self.embedding(tokens.long())
-        x = self.embedding_dropout(x + self.positions(self._positions(x, states[0], mask, doc_ids)))
-        ends: list[MixerState] = []
-        for index, start in enumerate(states):
-            x, end = self.run_block(index, x, start, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
-            ends.append(end)
-        return self.norm(x), CausalLMState(tuple(ends))
+        x = super().embed(tokens, states, mask=mask, doc_ids=doc_ids)
+        x = x + self.positions(self._positions(x, states[0], mask, doc_ids))
+        dropped: Tensor = self.embedding_dropout(x)
+        return dropped
 
     def _positions(self, x: Tensor, state: MixerState | None, mask: Tensor | None, doc_ids: Tensor | None) -> Tensor:
         """Position of every token in its document, as the first block counts: (time,), or (batch, time) if rows differ.
