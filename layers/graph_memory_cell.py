@@ -62,8 +62,8 @@ class GraphMemoryCell(nn.Module):
             every forward pass writes at once, in evaluation too, so that results depend on the order of the batches and
             the gradients of ``centroids`` and ``centroid_norm`` are wrong (docs/graph_memory.md).
         written: What "deferred" writes of a token: "output", what its block returns, as the official code; "direction",
-            x / |x|, which is what the centroids are compared with. The output holds the movement away from the source,
-            which drives a slot away from its own tokens (docs/graph_memory.md).
+            x / |x|, which is what the centroids are compared with. The output holds the movement away from the source
+            as well (docs/graph_memory.md).
         temperature: Of the source softmax, at first.
         edge_entropy_floor: Nats that the rows of the transitions should keep; 4 ln(S - 1) / ln 127 by default, the
             official 4 for 128 slots.
@@ -91,8 +91,9 @@ class GraphMemoryCell(nn.Module):
 
     Note:
         Without gradients in evaluation, what depends on the parameters alone is kept from call to call, and made anew
-        when a parameter was changed, replaced or moved. A change through ``parameter.data`` is not seen until the next
-        ``train()`` or ``eval()``. ``torch.compile`` keeps nothing.
+        when a parameter was changed, replaced or moved. A change through ``parameter.data``, or by a fused optimiser
+        behind a pass in evaluation, is not seen until the next ``train()`` or ``eval()``. ``torch.compile`` keeps
+        nothing.
 
         The submodules hold weights, from which the tables are made; they are not called, so hooks on them do not run.
     """
@@ -364,7 +365,7 @@ class GraphMemoryCell(nn.Module):
         if states.dim() != 2 or states.shape[1] != self.dim or not len(states):
             raise ValueError(f"states has shape {tuple(states.shape)}; it must be (count >= 1, {self.dim})")
         centroids, usage, age, tokens = (part.cpu().clone() for part in (self.centroids, self.usage, self.age, states))
-        tokens = tokens[tokens.isfinite().all(-1) & tokens.any(-1)]
+        tokens = tokens[tokens.isfinite().all(-1) & tokens.any(-1)].unique(dim=0)
         if not len(tokens):
             return {"reset": 0, "merged": 0}
         slots = Slots(centroids, usage, age, tokens, generator)
@@ -394,7 +395,7 @@ class GraphMemoryCell(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        before = self.usage, self.temperature
+        self._kept, before = None, (self.usage, self.temperature)
         applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # In half precision a running mean that moves by a hundredth would stand still.
         self.usage, self.temperature = map(_at_least_float32, before, (self.usage, self.temperature))

@@ -131,12 +131,12 @@ class Slots:
         old = (self.age >= age).nonzero()[:, 0]
         unit = F.normalize(self.centroids[old], dim=-1)
         pairs = old[(unit @ unit.mT).triu(1).gt(cosine).nonzero()]
-        merged = 0
+        merged, seeds = 0, self._tokens(len(pairs))
         for i, j in pairs.tolist():
             if F.cosine_similarity(self.centroids[i], self.centroids[j], dim=0) <= cosine:
                 continue  # one of them has been seeded since
             less_used = j if self.usage[i] >= self.usage[j] else i
-            self._seed(torch.tensor([less_used]), self._tokens(1))
+            self._seed(torch.tensor([less_used]), seeds[merged : merged + 1])
             merged += 1
         return merged
 

@@ -68,6 +68,8 @@ def join(parts: Sequence[Statistics]) -> dict[str, Tensor]:
 def all_reduce(statistics: Statistics) -> dict[str, Tensor]:
     """Add up the statistics of all processes of a data-parallel training, in one call; each keeps its tokens' states.
 
+    Since tokens differ, so would what ``maintain`` seeds: call ``follow`` after it.
+
     Args:
         statistics: ``trace.statistics``, or ``join`` of several, of one and the same model in every process.
     """
@@ -77,6 +79,17 @@ def all_reduce(statistics: Statistics) -> dict[str, Tensor]:
     parts = flat.split([value.numel() for value in sums.values()])
     totals = {path: part.view_as(value) for (path, value), part in zip(sums.items(), parts, strict=True)}
     return {**statistics, **totals}
+
+
+@torch.no_grad()
+def follow(model: nn.Module, rank: int = 0) -> None:
+    """Take the slots of a model's cells from one process of a data-parallel training, in one call."""
+    cells = graph_memory_cells(model).values()
+    slots = [tensor for cell in cells for tensor in (cell.centroids, cell.usage, cell.age)]
+    flat = torch.cat([tensor.flatten() for tensor in slots])
+    torch.distributed.broadcast(flat, src=rank)
+    for tensor, values in zip(slots, flat.split([tensor.numel() for tensor in slots]), strict=True):
+        tensor.copy_(values.view_as(tensor))
 
 
 def commit(model: nn.Module, statistics: Statistics) -> None:
@@ -130,8 +143,8 @@ def maintain(
 
 def _own_path(path: str) -> str:
     """Return where the trace has a module: without what torch.compile and data parallelism wrap it in."""
-    parts = path.removeprefix("module.").split(".")
-    return ".".join(part for part in parts if part != "_orig_mod")
+    parts = [part for part in path.split(".") if part != "_orig_mod"]
+    return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
 def _prefix(path: str) -> str:

@@ -16,6 +16,7 @@ from memzoo.layers.graph_memory_measures import effective_number, off_diagonal_c
 from memzoo.layers.graph_memory_upkeep import (
     all_reduce,
     commit,
+    follow,
     graph_memory_cells,
     join,
     maintain,
@@ -247,7 +248,7 @@ class GraphMemoryUpkeep(Callback):
         for name, count in maintain(model, self._pending, self._generator, states=self.states).items():
             self.counts[name] += count
         if trainer.world_size > 1:
-            _follow_rank_0(_cells(pl_module))
+            follow(model)
 
 
 @torch.no_grad()
@@ -292,13 +293,3 @@ def _model(pl_module: LightningModule) -> nn.Module:
 
 def _cells(pl_module: LightningModule) -> list[GraphMemoryCell]:
     return list(graph_memory_cells(_model(pl_module)).values())
-
-
-@torch.no_grad()
-def _follow_rank_0(cells: Sequence[GraphMemoryCell]) -> None:
-    """Take rank 0's slots on every device."""
-    slots = [tensor for cell in cells for tensor in (cell.centroids, cell.usage, cell.age)]
-    flat = torch.cat([tensor.flatten() for tensor in slots])
-    torch.distributed.broadcast(flat, src=0)
-    for tensor, values in zip(slots, flat.split([tensor.numel() for tensor in slots]), strict=True):
-        tensor.copy_(values.view_as(tensor))

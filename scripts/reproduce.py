@@ -175,7 +175,7 @@ def judged(claim: Claim, runs: Sequence[Run]) -> dict[str, Any]:
         {
             "variant": variant,
             "seconds": spread([run["seconds"] for run in own.values()]),
-            **{head: spread([run["metrics"][key] for run in own.values()]) for key, head in claim.columns.items()},
+            **{head: of_metric(key, list(own.values())) for key, head in claim.columns.items()},
         }
         for variant, own in found.items()
     ]
@@ -192,6 +192,12 @@ def judged(claim: Claim, runs: Sequence[Run]) -> dict[str, Any]:
         ],
         "machines": [json.loads(machine) for machine in machines],
     }
+
+
+def of_metric(key: str, runs: Sequence[Run]) -> dict[str, float | int | None] | None:
+    """Return the spread of a metric over runs of a variant; None if it is nothing that the variant has."""
+    values = [run["metrics"][key] for run in runs if key in run["metrics"]]
+    return spread(values) if values else None
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int | None]:

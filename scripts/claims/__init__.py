@@ -37,7 +37,7 @@ class Claim:
         statement: The paper's words, shortened.
         test: What is trained and measured here, in Markdown.
         variants: Name -> settings, in the order of the table.
-        columns: Metric -> head of its column.
+        columns: Metric -> head of its column; a variant may have none of a metric.
         checks: What must come out.
         alone: Times are measured, so nothing runs beside it.
     """

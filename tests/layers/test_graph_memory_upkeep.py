@@ -202,7 +202,12 @@ def test_a_wrapped_model_commits_what_it_reported():
     parallel.module = torch.compile(model, backend="eager")
     parallel.module._orig_mod.cells[1].compile(backend="eager")
     commit(parallel, statistics)
-    assert all((cell.age == 1).all() for cell in model.cells)
+    commit(torch.compile(parallel, backend="eager"), statistics)
+    assert all((cell.age == 2).all() for cell in model.cells)
+    bare = nn.Module()
+    bare.module = build(write_back="deferred")
+    commit(bare, statistics_of(bare.module, x))
+    assert (bare.module.age == 1).all()
     assert maintain(parallel, statistics, generator()) == {"reset": 0, "merged": 0}
 
 
@@ -229,7 +234,7 @@ def test_tokens_without_a_direction_seed_nothing():
 
 def test_slots_are_seeded_with_different_tokens_where_there_are_enough():
     cell = cell_at(unit_rows(8), usage=[0.0] * 4 + [0.25] * 4)
-    cell.maintain(unit_rows(4, seed=9), generator())
+    cell.maintain(unit_rows(4, seed=9).repeat(3, 1), generator())
     assert len({tuple(row.tolist()) for row in cell.centroids[:4]}) == 4
 
 

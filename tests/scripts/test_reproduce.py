@@ -209,6 +209,12 @@ def test_claims_are_judged_by_their_runs(reproduce, fake, store):
     assert bounds["checks"][0]["margin"]["mean"] == pytest.approx(0.105)
 
 
+def test_a_variant_may_have_none_of_a_metric(reproduce):
+    runs = [{"metrics": {"score": 1.0}}, {"metrics": {"score": 3.0}}]
+    assert reproduce.of_metric("score", runs)["mean"] == 2
+    assert reproduce.of_metric("drift", runs) is None
+
+
 def test_only_seeds_that_all_variants_have_are_judged(reproduce, fake, store):
     runs_of(reproduce, fake.CLAIMS, store, names=["bounds"])
     order, bounds = stored(store)["claims"]
