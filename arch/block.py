@@ -43,14 +43,18 @@ class ResidualBlock(nn.Module):
         self.ffn_norm = None if ffn is None else norm(dim)
         self.ffn = ffn
 
-    def feed_forward(self, x: Tensor, trace: Trace | None, *, mask: Tensor | None = None) -> Tensor:
+    def feed_forward(self, x: Tensor, trace: Trace | None) -> Tensor:
         """Run the second half: ``x + ffn(norm(x))``."""
+        fed = self.fed(x, trace)
+        return x if fed is None else x + fed
+
+    def fed(self, x: Tensor, trace: Trace | None, *, mask: Tensor | None = None) -> Tensor | None:
+        """Return what the second half adds to the stream, ``ffn(norm(x))``; None without a channel layer."""
         if self.ffn is None or self.ffn_norm is None:
-            return x
+            return None
         options = {"residual": x, "mask": mask} if getattr(self.ffn, "takes_residual", False) else {}
         y: Tensor = self.ffn(self.ffn_norm(x), trace=None if trace is None else trace.scope("ffn"), **options)
-        report_update("ffn_update", y, trace)
-        return x + y
+        return y
 
 
 def report_update(name: str, y: Tensor, trace: Trace | None) -> None:
@@ -63,7 +67,8 @@ def report_update(name: str, y: Tensor, trace: Trace | None) -> None:
 class Block(ResidualBlock):
     """Pre-norm residual block: ``x + mixer(norm(x))``, then ``x + ffn(norm(x))``.
 
-    Any mixer and any channel layer of the catalog fit. A mixer that says ``reads_residual`` norms the residual stream
+    Any mixer and any channel layer of the catalog fit. A trace that wants signals gets how much either half adds,
+    ``mixer_update`` and ``ffn_update``. A mixer that says ``reads_residual`` norms the residual stream
     itself, so it gets ``x`` as it is.
 
     Args:
@@ -106,4 +111,9 @@ class Block(ResidualBlock):
             self.mixer_norm(x), state, mask=mask, doc_ids=doc_ids, trace=mixer_trace, donate=donate, **wanted
         )
         report_update("mixer_update", mixed, trace)
-        return self.feed_forward(x + mixed, trace, mask=mask), *rest
+        x = x + mixed
+        fed = self.fed(x, trace, mask=mask)
+        if fed is not None:
+            report_update("ffn_update", fed, trace)
+            x = x + fed
+        return x, *rest

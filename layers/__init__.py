@@ -3,6 +3,7 @@
 from memzoo.layers.attention import Attention, SlidingWindowAttention
 from memzoo.layers.bmojo import BMojo
 from memzoo.layers.bmojo_state import BMojoState
+from memzoo.layers.cluster_tree import ClusterTree
 from memzoo.layers.cross_attention import CrossAttention, SharedKeys
 from memzoo.layers.deltanet import DeltaNet
 from memzoo.layers.differential_attention import DifferentialAttention
@@ -26,6 +27,7 @@ from memzoo.layers.memory_gate import MemoryGate
 from memzoo.layers.mixer import SequenceMixer
 from memzoo.layers.mixture_of_memories import MixtureOfMemories, MixtureOfMemoriesState
 from memzoo.layers.neural_memory import NeuralMemory, NeuralMemoryState
+from memzoo.layers.ngram_embedding import HashedNgrams
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.attention import AttentionState
 from memzoo.layers.persistent_memory import PersistentMemory
@@ -42,6 +44,7 @@ __all__ = [
     "AttentionState",
     "BMojo",
     "BMojoState",
+    "ClusterTree",
     "CrossAttention",
     "DeltaNet",
     "DifferentialAttention",
@@ -50,6 +53,7 @@ __all__ = [
     "GatedLinearAttention",
     "GatedMemoryUnit",
     "GraphMemoryCell",
+    "HashedNgrams",
     "KimiDeltaAttention",
     "LayerEntry",
     "LinearAttention",

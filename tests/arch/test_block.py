@@ -71,8 +71,12 @@ def test_trace_names_the_halves(x: Tensor) -> None:
     block = Block(NeuralMemory(8, num_heads=2, chunk_size=4), SwiGLU(8)).double()
     trace = Trace()
     block(x, trace=trace.scope("blocks.3"))
-    assert trace.signals
-    assert all(name.startswith("blocks.3.mixer.") for name in trace.signals)
+    halves = {name.removeprefix("blocks.3.").partition(".")[0] for name in trace.signals}
+    assert halves == {"mixer", "mixer_update", "ffn_update"}
+    mixed = block.mixer(block.mixer_norm(x))[0]
+    fed = block.ffn(block.ffn_norm(x + mixed))
+    for name, update in (("mixer_update", mixed), ("ffn_update", fed)):
+        assert torch.equal(trace.signals[f"blocks.3.{name}"], update.norm(dim=-1))
 
     class Reporting(nn.Module):
         def forward(self, x: Tensor, *, trace: Trace | None = None) -> Tensor:

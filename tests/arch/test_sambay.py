@@ -367,4 +367,5 @@ def test_checkpointed_blocks_give_equal_gradients() -> None:
 def test_traces_are_of_the_blocks_that_report() -> None:
     model, trace = small(), Trace()
     model(tokens(2, 9), trace=trace)
-    assert {name.rpartition(".")[0] for name in trace.signals} == {f"blocks.{index}.mixer" for index in (0, 2, 4)}
+    reports = {name.rpartition(".")[0] for name in trace.signals if not name.endswith("_update")}
+    assert reports == {f"blocks.{index}.mixer" for index in (0, 2, 4)}
