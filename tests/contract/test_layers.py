@@ -16,7 +16,7 @@ MATRIX = {"memory_depth": 1, "momentum": False, "conv_width": None, "chunk_size"
 # Options that change what a state holds or how a call is computed; each set is tested like a layer of its own.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "attention": {
-        "no_positions": {"num_kv_heads": 4, "rotary_base": None},
+        "no_positions": {"num_kv_heads": 4, "rotary_base": None, "qk_norm": "full"},
         "biased": {"bias": True, "scale": 0.3},
         "prefix": {"num_prefix_tokens": 3, "qk_norm": True},
     },
@@ -124,7 +124,18 @@ PARTS += [Part.of(layer_entry(n), label, **options) for n, sets in VARIANTS.item
 CASES = cases(PARTS)
 
 
-@pytest.mark.parametrize(("part", "name"), CASES, ids=[f"{part.name}-{name}" for part, name in CASES])
+def slow_if_a_variant_compiles(part: Part, name: str) -> list[pytest.MarkDecorator]:
+    """Compiling takes seconds: `make test` does it for every layer once, `make test-all` with its other options too."""
+    return [pytest.mark.slow] if name == "it_compiles_as_one_graph" and "+" in part.name else []
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        pytest.param(part, name, marks=slow_if_a_variant_compiles(part, name), id=f"{part.name}-{name}")
+        for part, name in CASES
+    ],
+)
 def test_layer(part: Part, name: str) -> None:
     if reason := part.exempt.get(name):
         pytest.skip(reason)

@@ -36,6 +36,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "checkpoint_blocks": True,
         },
     },
+    "hier_memory_tiny": {
+        "checkpointed": {"num_heads": 3, "head_dim": 6, "tie_embeddings": False, "checkpoint_blocks": True},
+    },
     "titans_lmm_tiny": {"recomputed": {"checkpoint_chunks": 2}},
     "bmojo_tiny": {
         "gated_deltanet": {
@@ -94,7 +97,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("part", "name"), CASES, ids=[f"{part.name}-{name}" for part, name in CASES])
+def slow_if_it_compiles(name: str) -> list[pytest.MarkDecorator]:
+    """Compiling a model takes up to half a minute, and `make test` compiles its layers."""
+    return [pytest.mark.slow] if name == "it_compiles_as_one_graph" else []
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [pytest.param(part, name, marks=slow_if_it_compiles(name), id=f"{part.name}-{name}") for part, name in CASES],
+)
 def test_model(part: Part, name: str) -> None:
     if reason := part.exempt.get(name):
         pytest.skip(reason)
