@@ -13,7 +13,9 @@ from memzoo.arch.gated_deltanet import GatedDeltaNetLM
 from memzoo.arch.generation import generate
 from memzoo.arch.gpt import GPT
 from memzoo.arch.graph_memory_transformer import GraphMemoryTransformer
+from memzoo.arch.hierarchical_memory import HierarchicalMemoryLM
 from memzoo.arch.mamba import MambaLM
+from memzoo.arch.memory_reader import MemoryReader
 from memzoo.arch.mom import MoM
 from memzoo.arch.registry import (
     ModelEntry,
@@ -42,7 +44,9 @@ __all__ = [
     "Fidelity",
     "GatedDeltaNetLM",
     "GraphMemoryTransformer",
+    "HierarchicalMemoryLM",
     "MambaLM",
+    "MemoryReader",
     "MoM",
     "ModelCard",
     "ModelEntry",

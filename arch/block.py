@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from memzoo.layers.banks.fetched import LayerMemories
 from memzoo.layers.mixer import SequenceMixer
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.state import MixerState
@@ -21,7 +22,8 @@ class ResidualBlock(nn.Module):
         mixer: Reads the normed stream, and maybe more; has a ``dim``.
         ffn: Channel layer, ``y = ffn(x, trace=None)``; None leaves that half out. One that says ``takes_residual`` is
             shown the stream that its output is added to, and which tokens are real:
-            ``ffn(x, residual=stream, mask=mask, trace=None)``.
+            ``ffn(x, residual=stream, mask=mask, trace=None)``. One that says ``takes_memories`` is handed those of a
+            memory bank where there are any: ``ffn(x, memories=memories, trace=None)``.
         norm: Builds a norm from a width.
         normed: Whether the mixer gets the stream normed.
     """
@@ -48,13 +50,21 @@ class ResidualBlock(nn.Module):
         fed = self.fed(x, trace)
         return x if fed is None else x + fed
 
-    def fed(self, x: Tensor, trace: Trace | None, *, mask: Tensor | None = None) -> Tensor | None:
+    def fed(
+        self, x: Tensor, trace: Trace | None, *, mask: Tensor | None = None, memories: LayerMemories | None = None
+    ) -> Tensor | None:
         """Return what the second half adds to the stream, ``ffn(norm(x))``; None without a channel layer."""
         if self.ffn is None or self.ffn_norm is None:
             return None
-        options = {"residual": x, "mask": mask} if getattr(self.ffn, "takes_residual", False) else {}
+        options: dict[str, Any] = {"residual": x, "mask": mask} if getattr(self.ffn, "takes_residual", False) else {}
+        options |= taken_memories(self.ffn, memories)
         y: Tensor = self.ffn(self.ffn_norm(x), trace=None if trace is None else trace.scope("ffn"), **options)
         return y
+
+
+def taken_memories(layer: nn.Module, memories: LayerMemories | None) -> dict[str, LayerMemories]:
+    """Return the keyword that hands memories to a layer, if there are any and it takes them."""
+    return {"memories": memories} if memories is not None and getattr(layer, "takes_memories", False) else {}
 
 
 def report_update(name: str, y: Tensor, trace: Trace | None) -> None:
@@ -69,7 +79,7 @@ class Block(ResidualBlock):
 
     Any mixer and any channel layer of the catalog fit. A trace that wants signals gets how much either half adds,
     ``mixer_update`` and ``ffn_update``. A mixer that says ``reads_residual`` norms the residual stream
-    itself, so it gets ``x`` as it is.
+    itself, so it gets ``x`` as it is. The memories of a bank go to the halves that say ``takes_memories``.
 
     Args:
         mixer: Mixes along time; its ``dim`` is the block's.
@@ -103,16 +113,29 @@ class Block(ResidualBlock):
         trace: Trace | None = None,
         donate: bool = False,
         return_memory: bool = False,
+        memories: LayerMemories | None = None,
     ) -> tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]:
-        """Run both halves; the arguments and what is returned are those of ``SequenceMixer.forward``."""
+        """Run both halves; other arguments and what is returned are those of ``SequenceMixer.forward``.
+
+        Args:
+            x: The residual stream.
+            state: Of the mixer.
+            mask: True at real tokens.
+            doc_ids: Documents packed in one row.
+            trace: Collects losses and signals.
+            donate: Allow the storage of ``state`` to be reused.
+            return_memory: Return what the mixer read too.
+            memories: What this block reads of a memory bank, a part for every row of ``x``; None for nothing.
+        """
         mixer_trace = None if trace is None else trace.scope("mixer")
-        wanted = {"return_memory": True} if return_memory else {}
+        wanted: dict[str, Any] = {"return_memory": True} if return_memory else {}
+        wanted |= taken_memories(self.mixer, memories)
         mixed, *rest = self.mixer(
             self.mixer_norm(x), state, mask=mask, doc_ids=doc_ids, trace=mixer_trace, donate=donate, **wanted
         )
         report_update("mixer_update", mixed, trace)
         x = x + mixed
-        fed = self.fed(x, trace, mask=mask)
+        fed = self.fed(x, trace, mask=mask, memories=memories)
         if fed is not None:
             report_update("ffn_update", fed, trace)
             x = x + fed

@@ -1,6 +1,6 @@
 """CausalLM: a language model of any blocks, that reads, steps and generates."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -169,12 +169,27 @@ class CausalLM(nn.Module):
         donate: bool = False,
     ) -> tuple[Tensor, CausalLMState]:
         """Return what the head reads, (batch, time, dim), and the state."""
+        return self.read(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
+
+    def read(
+        self,
+        tokens: Tensor,
+        state: CausalLMState | None,
+        *,
+        mask: Tensor | None,
+        doc_ids: Tensor | None,
+        trace: Trace | None,
+        donate: bool,
+        options: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[Tensor, CausalLMState]:
+        """Do what ``forward_features`` does; ``options`` are further keywords, those of every block."""
         check_tokens("tokens", tokens, self.vocab_size)
         states = self._block_states(state)
         x = self.embed(tokens, states, mask=mask, doc_ids=doc_ids)
         ends: list[MixerState] = []
         for index, start in enumerate(states):
-            x, end = self.run_block(index, x, start, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
+            own = {} if options is None else options[index]
+            x, end = self.run_block(index, x, start, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, **own)
             ends.append(end)
         return self.norm(x), CausalLMState(tuple(ends))
 
@@ -262,8 +277,7 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: As ``forward``.
         """
-        if token.dim() != 1:
-            raise ValueError(f"token has shape {tuple(token.shape)}; step reads one a row, (batch,): use prefill")
+        check_step(token)
         return self.prefill(token[:, None], state, trace=trace, donate=donate)
 
     def generate(
@@ -314,6 +328,16 @@ def residual_outputs(layer: nn.Module) -> list[nn.Linear]:
         return list(declared())
     named = [getattr(layer, name, None) for name in RESIDUAL_OUTPUTS]
     return [output for output in named if isinstance(output, nn.Linear)]
+
+
+def check_step(token: Tensor) -> None:
+    """Require one token a row.
+
+    Raises:
+        ValueError: Its shape is another.
+    """
+    if token.dim() != 1:
+        raise ValueError(f"token has shape {tuple(token.shape)}; step reads one a row, (batch,): use prefill")
 
 
 def last_token(x: Tensor, mask: Tensor | None) -> Tensor:

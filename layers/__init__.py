@@ -1,6 +1,9 @@
 """Neural memories and the plain parts they need, as `torch.nn` modules."""
 
+from memzoo.layers.attached_memories import AttachedMemories
 from memzoo.layers.attention import Attention, SlidingWindowAttention
+from memzoo.layers.banks.fetched import Fetched, LayerMemories
+from memzoo.layers.banks.layout import BankLayout, Node
 from memzoo.layers.bmojo import BMojo
 from memzoo.layers.bmojo_state import BMojoState
 from memzoo.layers.cluster_tree import ClusterTree
@@ -22,33 +25,41 @@ from memzoo.layers.matrix_rules import MATRIX_RULES
 from memzoo.layers.memory_as_context import MemoryAsContext, MemoryAsContextState
 from memzoo.layers.memory_as_gate import MemoryAsGate, MemoryAsGateState
 from memzoo.layers.memory_as_layer import MemoryAsLayer, MemoryAsLayerState
+from memzoo.layers.memory_attention import MemoryAttention
+from memzoo.layers.memory_bank import MemoryBank
 from memzoo.layers.memory_family import delta_memory, longhorn, ttt_linear, ttt_mlp
+from memzoo.layers.memory_feedforward import MemoryFeedForward
 from memzoo.layers.memory_gate import MemoryGate
 from memzoo.layers.mixer import SequenceMixer
 from memzoo.layers.mixture_of_memories import MixtureOfMemories, MixtureOfMemoriesState
 from memzoo.layers.neural_memory import NeuralMemory, NeuralMemoryState
-from memzoo.layers.ngram_embedding import HashedNgrams
+from memzoo.layers.ngram_embedding import Embedder, HashedNgrams
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.attention import AttentionState
 from memzoo.layers.persistent_memory import PersistentMemory
 from memzoo.layers.registry import LayerEntry, create_layer, layer_entry, list_layers, register_layer
 from memzoo.layers.retnet import RetNet
 from memzoo.layers.rotary import Rotary
+from memzoo.layers.sentence_embedding import SentenceEmbedder
 from memzoo.layers.short_conv import ShortConv, ShortConvState
 from memzoo.layers.state import MixerState, State
 from memzoo.layers.trace import Trace
 
 __all__ = [
     "MATRIX_RULES",
+    "AttachedMemories",
     "Attention",
     "AttentionState",
     "BMojo",
     "BMojoState",
+    "BankLayout",
     "ClusterTree",
     "CrossAttention",
     "DeltaNet",
     "DifferentialAttention",
+    "Embedder",
     "FeedForward",
+    "Fetched",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedMemoryUnit",
@@ -56,6 +67,7 @@ __all__ = [
     "HashedNgrams",
     "KimiDeltaAttention",
     "LayerEntry",
+    "LayerMemories",
     "LinearAttention",
     "Mamba",
     "Mamba2",
@@ -70,16 +82,21 @@ __all__ = [
     "MemoryAsGateState",
     "MemoryAsLayer",
     "MemoryAsLayerState",
+    "MemoryAttention",
+    "MemoryBank",
+    "MemoryFeedForward",
     "MemoryGate",
     "MixerState",
     "MixtureOfMemories",
     "MixtureOfMemoriesState",
     "NeuralMemory",
     "NeuralMemoryState",
+    "Node",
     "PersistentMemory",
     "RMSNorm",
     "RetNet",
     "Rotary",
+    "SentenceEmbedder",
     "SequenceMixer",
     "SharedKeys",
     "ShortConv",

@@ -1,12 +1,12 @@
 """Attention as a sequence mixer: the memory that keeps every token, and the one that keeps a window of them."""
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from memzoo.layers.cross_attention import SharedKeys
-from memzoo.layers.errors import check_divisible, check_number, check_positive
+from memzoo.layers.errors import check_choice, check_divisible, check_number, check_positive
 from memzoo.layers.heads import resolve_heads
 from memzoo.layers.mixer import SequenceMixer
 from memzoo.layers.norm import RMSNorm
@@ -39,7 +39,8 @@ class Attention(SequenceMixer):
         num_kv_heads: Heads of keys and values, each shared by ``num_heads / num_kv_heads`` query heads; ``num_heads``
             by default.
         rotary_base: Base of the rotary position embedding; None for attention without positions.
-        qk_norm: RMS-normalise queries and keys head by head, before the rotation.
+        qk_norm: RMS-normalise queries and keys head by head, before the rotation; "full" normalises all heads together,
+            over their whole width (OpenLM).
         num_prefix_tokens: Learned tokens that every query sees: persistent memory (Titans, section 3.3). They are
             ``prefix_tokens`` (num_prefix_tokens, dim), read through the layer's own projections. Their keys are not
             rotated: all of them stand at position 0.
@@ -70,7 +71,7 @@ class Attention(SequenceMixer):
         head_dim: int | None = None,
         num_kv_heads: int | None = None,
         rotary_base: float | None = 10000.0,
-        qk_norm: bool = False,
+        qk_norm: bool | Literal["full"] = False,
         num_prefix_tokens: int = 0,
         bias: bool = False,
         scale: float | None = None,
@@ -85,6 +86,7 @@ class Attention(SequenceMixer):
             check_number("scale", scale)
         if num_prefix_tokens:
             check_positive("num_prefix_tokens", num_prefix_tokens, "use 0 for none")
+        check_choice("qk_norm", qk_norm, (False, True, "full"))
         check_dropout("dropout", dropout)
         check_backend(backend, BACKENDS)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -95,8 +97,9 @@ class Attention(SequenceMixer):
         self.key = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.out = nn.Linear(num_heads * head_dim, dim, bias=bias)
-        self.query_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.norms_all_heads = qk_norm == "full"
+        self.query_norm = self._head_norm(qk_norm, num_heads)
+        self.key_norm = self._head_norm(qk_norm, num_kv_heads)
         self.rotary = None if rotary_base is None else Rotary(head_dim, base=rotary_base)
         self.prefix_tokens = nn.Parameter(torch.empty(num_prefix_tokens, dim)) if num_prefix_tokens else None
         self.no_weight_decay = ("prefix_tokens",) if num_prefix_tokens else ()
@@ -248,8 +251,8 @@ class Attention(SequenceMixer):
             )
         if isinstance(self.key_norm, RMSNorm):
             raise ValueError(
-                "qk_norm=True makes keys for normalised queries, and CrossAttention does not normalise its own; share "
-                "those of a layer with qk_norm=False"
+                f"qk_norm={'full' if self.norms_all_heads else True} makes keys for normalised queries, and "
+                f"CrossAttention does not normalise its own; share those of a layer with qk_norm=False"
             )
         if self.prefix_tokens is not None:
             raise ValueError(
@@ -268,14 +271,28 @@ class Attention(SequenceMixer):
     ) -> tuple[Tensor, AttentionState]:
         """Attend: the heads' reads (batch, time, memory_dim) and the state."""
         positions = self._positions(x, None if state is None else state.position)
-        q = self._queries(x, positions)
-        k, v = self._keys_and_values(x, positions)
+        q, k, v = self._queries(x, positions), *self._keys_and_values(x, positions)
+        prefix = None if prefix_tokens is None else self._keys_and_values(prefix_tokens, None)
+        return self._look(q, k, v, prefix, state, lengths=lengths, donate=donate)
+
+    def _look(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix: tuple[Tensor, Tensor] | None,
+        state: AttentionState | None,
+        *,
+        lengths: Tensor | None,
+        donate: bool,
+    ) -> tuple[Tensor, AttentionState]:
+        """Attend by queries that are rotated already; what is returned is that of ``_read``."""
         y, end = attention(
             q,
             k,
             v,
             window=self.window,
-            prefix=None if prefix_tokens is None else self._keys_and_values(prefix_tokens, None),
+            prefix=prefix,
             state=state,
             lengths=lengths,
             scale=self.scale,
@@ -301,13 +318,24 @@ class Attention(SequenceMixer):
         return positions if first is None else first[:, None] + positions
 
     def _queries(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        q: Tensor = self.query_norm(self._split(self.query(x)))
-        return q if self.rotary is None or positions is None else self.rotary(q, positions)
+        return self._rotate(self._heads(self.query(x), self.query_norm), positions)
 
     def _keys_and_values(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        k: Tensor = self.key_norm(self._split(self.key(x)))
-        v: Tensor = self.value(x).unflatten(-1, self.value_shape)
-        return (k if self.rotary is None or positions is None else self.rotary(k, positions)), v
+        k = self._rotate(self._heads(self.key(x), self.key_norm), positions)
+        return k, self.value(x).unflatten(-1, self.value_shape)
+
+    def _head_norm(self, qk_norm: bool | str, heads: int) -> nn.Module:
+        if not qk_norm:
+            return nn.Identity()
+        return RMSNorm(heads * self.head_dim if self.norms_all_heads else self.head_dim)
+
+    def _heads(self, projected: Tensor, norm: nn.Module) -> Tensor:
+        """Split queries or keys into heads and normalise them."""
+        y: Tensor = self._split(norm(projected)) if self.norms_all_heads else norm(self._split(projected))
+        return y
+
+    def _rotate(self, heads: Tensor, positions: Tensor | None) -> Tensor:
+        return heads if self.rotary is None or positions is None else self.rotary(heads, positions)
 
     def _split(self, x: Tensor) -> Tensor:
         """(..., heads * head_dim) -> (..., heads, head_dim) of queries or keys, in the order of ``ops.attention``."""
@@ -336,7 +364,7 @@ class SlidingWindowAttention(Attention):
         head_dim: Width of a head.
         num_kv_heads: Heads of keys and values.
         rotary_base: Base of the rotary position embedding, or None.
-        qk_norm: RMS-normalise queries and keys.
+        qk_norm: RMS-normalise queries and keys, head by head or "full".
         num_prefix_tokens: Learned tokens that every query sees.
         bias: Add learned biases.
         scale: Factor of the scores.
@@ -359,7 +387,7 @@ class SlidingWindowAttention(Attention):
         head_dim: int | None = None,
         num_kv_heads: int | None = None,
         rotary_base: float | None = 10000.0,
-        qk_norm: bool = False,
+        qk_norm: bool | Literal["full"] = False,
         num_prefix_tokens: int = 0,
         bias: bool = False,
         scale: float | None = None,

@@ -154,6 +154,7 @@ class BMojo(SequenceMixer):
         num_heads, head_dim = resolve_heads(dim, num_heads, head_dim)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_divisible("num_heads", num_heads, "num_kv_heads", num_kv_heads)
+        check_choice("qk_norm", qk_norm, (False, True))
         check_positive("window", window, "it counts the token itself, and is the size of a chunk")
         check_count("num_eidetic", num_eidetic, "use 0 for none")
         self.fading = FadingTokens(

@@ -127,7 +127,14 @@ class ClusterTree:
         return cls(levels)
 
     @torch.no_grad()
-    def route(self, embeddings: Tensor, *, blocked: Mapping[int, Tensor] | None = None) -> Tensor:
+    def route(
+        self,
+        embeddings: Tensor,
+        *,
+        blocked: Mapping[int, Tensor] | None = None,
+        keep: Tensor | None = None,
+        margin: float = 0.1,
+    ) -> Tensor:
         """Descend to the nearest child, level by level: ``depth * branching`` distances a row.
 
         The leaf need not be the nearest of all leaves. Rows are L2-normalised first; of children as near as each other
@@ -136,14 +143,17 @@ class ClusterTree:
         Args:
             embeddings: One row for each document, on any device.
             blocked: By level, the nodes to pass over: the next nearest child is taken.
+            keep: Paths to stay on, for a text that goes on: at each level, a row leaves its node for a child of the
+                same parent only if that is nearer by ``margin``. Numbers that name no node keep nothing.
+            margin: From 0 to below 1, of the distance to the node that is left.
 
         Shape:
-            embeddings: (batch, width). blocked[l]: (branching ** l,) booleans. Returns (batch, depth) int64, nested:
-            the node of level l is ``paths[:, -1] // branching ** (depth - l)``.
+            embeddings: (batch, width). blocked[l]: (branching ** l,) booleans. keep: (batch, depth) int64. Returns
+            (batch, depth) int64, nested: the node of level l is ``paths[:, -1] // branching ** (depth - l)``.
 
         Raises:
-            ValueError: ``embeddings`` does not fit or is not finite, ``blocked`` does not fit, or a row comes to a node
-                whose children are all blocked.
+            ValueError: ``embeddings`` does not fit or is not finite, ``blocked`` or ``keep`` does not fit, ``margin``
+                is out of range, or a row comes to a node whose children are all blocked.
         """
         x = F.normalize(_matrix("embeddings", embeddings), dim=-1)
         if x.shape[1] != self.width:
@@ -152,12 +162,17 @@ class ClusterTree:
                 f"{self.width}; use the embedder that it was fitted with"
             )
         masks = self._masks(blocked or {})
+        if not 0 <= margin < 1:
+            raise ValueError(f"margin={margin!r} is not in [0, 1); use 0 to leave a node for any that is nearer")
+        if keep is not None and keep.shape != (len(x), self.depth):
+            raise ValueError(f"keep has shape {tuple(keep.shape)}; it must be (batch, depth), {(len(x), self.depth)}")
         nodes, path = torch.zeros(len(x), dtype=torch.int64), []
         for level, centroids in enumerate(self.centroids, start=1):
             mask = masks.get(level)
             if mask is not None:
                 self._check_ways_on(level, nodes, mask)
-            nodes = nearest_children(x, nodes, centroids, self.branching, mask)
+            kept = None if keep is None else keep[:, level - 1].cpu()
+            nodes = nearest_children(x, nodes, centroids, self.branching, mask, kept, margin)
             path.append(nodes)
         return torch.stack(path, dim=-1).to(embeddings.device)
 
@@ -244,22 +259,36 @@ class ClusterTree:
 
 
 def nearest_children(
-    x: Tensor, nodes: Tensor, centroids: Tensor, branching: int, blocked: Tensor | None = None
+    x: Tensor,
+    nodes: Tensor,
+    centroids: Tensor,
+    branching: int,
+    blocked: Tensor | None = None,
+    kept: Tensor | None = None,
+    margin: float = 0.0,
 ) -> Tensor:
-    """Find the nearest child of every row's node.
+    """Find the nearest child of every row's node, or the one to keep where none is nearer by the margin.
 
     Shape:
         x: (rows, width). nodes: (rows,), in a level. centroids: (nodes of the next level, width), and blocked of as
-        many booleans. Returns (rows,), in the next level.
+        many booleans. kept: (rows,), in the next level. Returns (rows,), in the next level.
     """
     offsets, found = torch.arange(branching), []
     size = max(1, _GATHERED // (branching * x.shape[1]))
-    for points, parents in zip(x.split(size), nodes.split(size), strict=True):
+    kept = torch.full_like(nodes, -1) if kept is None else kept
+    for points, parents, own in zip(x.split(size), nodes.split(size), kept.split(size), strict=True):
         children = parents.unsqueeze(-1) * branching + offsets
         distances = relative_distances(points, centroids[children])
         if blocked is not None:
             distances = distances.masked_fill(blocked[children], math.inf)
-        found.append(children.gather(-1, distances.argmin(-1, keepdim=True)).squeeze(-1))
+        nearest = distances.argmin(-1, keepdim=True)
+        stays = own.unsqueeze(-1) == children
+        if stays.any():
+            squared = distances + points.square().sum(-1, keepdim=True)
+            bound = squared.masked_fill(~stays, math.inf).amin(-1, keepdim=True) * (1 - margin) ** 2
+            stays &= (squared.gather(-1, nearest) >= bound) & bound.isfinite()
+            nearest = torch.where(stays.any(-1, keepdim=True), stays.int().argmax(-1, keepdim=True), nearest)
+        found.append(children.gather(-1, nearest).squeeze(-1))
     return torch.cat(found)
 
 

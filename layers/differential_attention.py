@@ -60,6 +60,7 @@ class DifferentialAttention(Attention):
         backend: str = "auto",
     ) -> None:
         check_choice("backend", backend, ("auto", "torch"))  # flash-attn wants values as wide as keys
+        check_choice("qk_norm", qk_norm, (False, True))
         super().__init__(
             dim,
             num_heads=num_heads,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memzoo.layers.errors import check_positive
+from memzoo.layers.errors import check_choice, check_positive
 from memzoo.layers.heads import resolve_heads
 from memzoo.layers.memory_gate import MemoryGate
 from memzoo.layers.memory_options import build_memory
@@ -133,6 +133,7 @@ class MemoryAsContext(SequenceMixer):
     ) -> None:
         super().__init__(dim)
         check_positive("segment_size", segment_size)
+        check_choice("qk_norm", qk_norm, (False, True))
         if num_persistent_tokens:
             check_positive("num_persistent_tokens", num_persistent_tokens, "use 0 for none")
         options = {"chunk_size": min(DEFAULT_CHUNK_SIZE, segment_size)} | dict(memory or {})

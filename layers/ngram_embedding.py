@@ -1,4 +1,4 @@
-"""Texts as vectors without a trained model: hashed n-grams of characters.
+"""Texts as vectors: what embeds them, and a way without a trained model, hashed n-grams of characters.
 
 Feature hashing (arXiv 0902.2206): every n-gram adds its weight, with a sign, to a place that a hash chooses; the signs
 make collisions cancel on average. It needs no download, and is the same in every process.
@@ -9,12 +9,25 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_positive
+
+
+class Embedder(Protocol):
+    """What makes vectors of texts, for a ``ClusterTree`` to cluster and route."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What changes whenever the same text may give another vector."""
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Embed every text, whatever the others are: (len(texts), width), floating point."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,11 @@ class HashedNgrams:
         if len(self.ngram) != 2 or not 1 <= self.ngram[0] <= self.ngram[1]:
             raise ValueError(f"ngram={self.ngram!r} is no range of lengths; use (least, greatest) from 1 on")
 
+    @property
+    def fingerprint(self) -> str:
+        """What changes whenever the same text may give another vector."""
+        return f"hashed n-grams, version 1, dim {self.dim}, ngram {self.ngram[0]} to {self.ngram[1]}"
+
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embed every text.
 
@@ -57,9 +75,7 @@ class HashedNgrams:
     def _row(self, text: str) -> list[float]:
         row = [0.0] * self.dim
         for ngram, count in Counter(self._ngrams(text.casefold().split())).items():
-            # Surrogates that stand alone have no UTF-8 of their own; texts read from disk may hold some.
-            code = ngram.encode("utf-8", "surrogatepass")
-            value = int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), "little")
+            value = _hash(ngram)
             sign = 1 if value & 1 else -1
             row[(value >> 1) % self.dim] += sign * (1 + math.log(count))
         return row
@@ -72,3 +88,10 @@ class HashedNgrams:
         for length in range(self.ngram[0], self.ngram[1] + 1):
             for start in range(len(text) - length + 1):
                 yield text[start : start + length]
+
+
+@lru_cache(maxsize=2**16)
+def _hash(ngram: str) -> int:
+    # Surrogates that stand alone have no UTF-8 of their own; texts read from disk may hold some.
+    code = ngram.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), "little")

@@ -10,16 +10,26 @@ if TYPE_CHECKING:
     from memzoo.lit_modules.callbacks import LossFigure, SampleText, Summary, Throughput
     from memzoo.lit_modules.causal_lm import CausalLMModule
     from memzoo.lit_modules.checkpoint import AtomicCheckpointIO
-    from memzoo.lit_modules.data import PhoneBookData, RecallData, TextData
+    from memzoo.lit_modules.data import (
+        ClusteredTextData,
+        PhoneBookData,
+        RecallData,
+        TextData,
+        TopicData,
+        TreeBucketedSampler,
+    )
     from memzoo.lit_modules.graph_memory import GraphMemoryUpkeep
+    from memzoo.lit_modules.memory_bank import MemoryBankModule
     from memzoo.lit_modules.mup import MuPlusPlus, coordinate_check
     from memzoo.lit_modules.progress import ProgressBar
 
 _HOMES = {
     "AtomicCheckpointIO": "checkpoint",
     "CausalLMModule": "causal_lm",
+    "ClusteredTextData": "data",
     "GraphMemoryUpkeep": "graph_memory",
     "LossFigure": "callbacks",
+    "MemoryBankModule": "memory_bank",
     "MuPlusPlus": "mup",
     "PhoneBookData": "data",
     "ProgressBar": "progress",
@@ -28,14 +38,18 @@ _HOMES = {
     "Summary": "callbacks",
     "TextData": "data",
     "Throughput": "callbacks",
+    "TopicData": "data",
+    "TreeBucketedSampler": "data",
     "coordinate_check": "mup",
 }
 
 __all__ = [
     "AtomicCheckpointIO",
     "CausalLMModule",
+    "ClusteredTextData",
     "GraphMemoryUpkeep",
     "LossFigure",
+    "MemoryBankModule",
     "MuPlusPlus",
     "PhoneBookData",
     "ProgressBar",
@@ -44,6 +58,8 @@ __all__ = [
     "Summary",
     "TextData",
     "Throughput",
+    "TopicData",
+    "TreeBucketedSampler",
     "coordinate_check",
 ]
 

@@ -22,7 +22,7 @@ from memzoo.lit_modules.optim import Decay, parameter_groups
 from memzoo.lit_modules.schedule import ScheduleName, make_scheduler
 from memzoo.lit_modules.sharding import shard
 
-Stage = Literal["train", "val", "test"]
+Stage = Literal["train", "val", "test", "predict"]
 
 
 class CausalLMModule(LightningModule):
@@ -60,6 +60,9 @@ class CausalLMModule(LightningModule):
             ``mup`` with ``decay="all"``.
     """
 
+    _not_saved: tuple[str, ...] = ()  # arguments that are no hyper-parameters
+    _readings: tuple[str, ...] = ("",)  # what a batch is measured with, by the end of the name it is logged under
+
     def __init__(
         self,
         model: str | nn.Module,
@@ -86,7 +89,7 @@ class CausalLMModule(LightningModule):
         if isinstance(mup, dict):  # as a checkpoint holds it
             mup = MuPlusPlus(**mup)
         # A module is not a hyper-parameter: load_from_checkpoint(path, model=module) takes it anew.
-        self.save_hyperparameters(ignore=["mup"] if by_name else ["mup", "model"])
+        self.save_hyperparameters(ignore=["mup", *self._not_saved, *([] if by_name else ["model"])])
         self.save_hyperparameters({"mup": None if mup is None else asdict(mup)})  # plain: readable with weights_only
         self.model: Any = create_model(model, **(overrides or {})) if isinstance(model, str) else model
         self._mup: MuPlusPlus | None = mup
@@ -99,6 +102,7 @@ class CausalLMModule(LightningModule):
                 stacklevel=2,
             )
         self._totals: dict[Stage, dict[str, _Totals]] = {}  # by the beginning of the names they are logged under
+        self._names: dict[Stage, list[str]] = {}  # of these, without readings: the plain one, then that of each loader
         self._main: dict[Stage, str | None] = {}  # of these names, that of the one loader which the plain names are of
         self._carried = CarriedStates()
 
@@ -137,7 +141,8 @@ class CausalLMModule(LightningModule):
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return ``losses`` (batch, time), nats per target, and ``counted``, which targets are real."""
         pieces = NextTokens.of(batch)
-        logits, _ = self.model(pieces.inputs, mask=pieces.mask, doc_ids=pieces.doc_ids)
+        given = self._given(batch, batch_idx, "predict", "")
+        logits, _ = self.model(pieces.inputs, mask=pieces.mask, doc_ids=pieces.doc_ids, **given)
         return {"losses": pieces.losses(logits), "counted": pieces.counted}
 
     def on_validation_epoch_start(self) -> None:
@@ -156,41 +161,57 @@ class CausalLMModule(LightningModule):
         """Log the exact means of the test."""
         self._log_totals("test")
 
+    def _given(self, batch: Mapping[str, Tensor], batch_idx: int, stage: Stage, reading: str) -> dict[str, Any]:
+        """Return what the model is given besides the tokens of a batch; a subclass may have something."""
+        return {}
+
     def _predict(
-        self, batch: Mapping[str, Tensor], batch_idx: int, stage: Stage, trace: Trace | None = None
+        self,
+        batch: Mapping[str, Tensor],
+        batch_idx: int,
+        stage: Stage,
+        trace: Trace | None = None,
+        reading: str = "",
     ) -> tuple[NextTokens, Tensor]:
         pieces = NextTokens.of(batch)
         state = self._carried.get(stage, batch_idx, pieces.inputs)
-        logits, state = self.model(pieces.inputs, state, mask=pieces.mask, doc_ids=pieces.doc_ids, trace=trace)
+        given = self._given(batch, batch_idx, stage, reading)
+        logits, state = self.model(pieces.inputs, state, mask=pieces.mask, doc_ids=pieces.doc_ids, trace=trace, **given)
         if self.hparams["truncated_backpropagation"]:
             self._carried.put(stage, state)
         return pieces, logits
 
     def _measure(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int, stage: Stage) -> None:
-        pieces, logits = self._predict(batch, batch_idx, stage)
-        losses, hits = pieces.losses(logits), pieces.hits(logits)
-        for totals in self._totals_of(stage, dataloader_idx):
-            totals.loss.update(losses, pieces.counted)
-            totals.accuracy.update(hits, pieces.counted)
-            if totals.exact_match is not None:
-                exact = pieces.exact_matches(logits)
-                totals.exact_match.update(exact, torch.ones_like(exact))
+        for reading in self._readings:
+            pieces, logits = self._predict(batch, batch_idx, stage, reading=reading)
+            losses, hits = pieces.losses(logits), pieces.hits(logits)
+            for totals in self._totals_of(stage, dataloader_idx, reading):
+                totals.loss.update(losses, pieces.counted)
+                totals.accuracy.update(hits, pieces.counted)
+                if totals.exact_match is not None:
+                    exact = pieces.exact_matches(logits)
+                    totals.exact_match.update(exact, torch.ones_like(exact))
 
     def _start_totals(self, stage: Stage, loaders: Any) -> None:
         data = data_module(self.trainer)
         own = [f"{stage}/{name}/" for name in loaders] if isinstance(loaders, dict) else []
         long_answers = getattr(data, "long_answers", False)
-        self._totals[stage] = {name: _Totals.on(self.device, long_answers=long_answers) for name in (f"{stage}/", *own)}
+        self._names[stage] = [f"{stage}/", *own]
+        self._totals[stage] = {
+            name + reading: _Totals.on(self.device, long_answers=long_answers)
+            for name in self._names[stage]
+            for reading in self._readings
+        }
         # The trainer keeps the data module of a fit, also where other loaders are passed by hand.
         main = f"{stage}/{getattr(data, 'main_loader', None)}/"
         self._main[stage] = main if main in own else None
 
-    def _totals_of(self, stage: Stage, dataloader_idx: int) -> "list[_Totals]":
+    def _totals_of(self, stage: Stage, dataloader_idx: int, reading: str) -> "list[_Totals]":
         """Return the sums that a loader's batches count in: the plain ones, and its own if it has a name."""
-        plain, *named = self._totals[stage].items()
+        plain, *named = self._names[stage]
         own, main = named[dataloader_idx : dataloader_idx + 1], self._main[stage]
-        counts_as_plain = main is None or own[0][0] == main
-        return [totals for _, totals in ([plain] if counts_as_plain else []) + own]
+        counts_as_plain = main is None or own[0] == main
+        return [self._totals[stage][name + reading] for name in ([plain] if counts_as_plain else []) + own]
 
     def _log_totals(self, stage: Stage) -> None:
         self._carried.drop(stage)
@@ -255,13 +276,8 @@ class CausalLMModule(LightningModule):
         Raises:
             ValueError: A bad schedule, or one without an end.
         """
-        chosen = self.hparams
-        if self._mup is None:
-            groups = parameter_groups(self.model, chosen["weight_decay"], chosen["decay"])
-        else:
-            groups = self._mup.groups(self.model, chosen["learning_rate"], chosen["weight_decay"])
-        optimizer = torch.optim.AdamW(groups, lr=chosen["learning_rate"], betas=tuple(chosen["betas"]))
-        schedule, steps = chosen["schedule"], chosen["schedule_steps"] or self.trainer.estimated_stepping_batches
+        chosen, optimizer = self.hparams, self._optimizer()
+        schedule, steps = chosen["schedule"], chosen["schedule_steps"] or estimated_steps(self.trainer)
         if math.isinf(steps) and schedule != "constant":
             raise ValueError(
                 f"schedule={schedule!r} needs an end; set max_steps or max_epochs of the trainer, or schedule_steps"
@@ -275,6 +291,16 @@ class CausalLMModule(LightningModule):
             final_fraction=chosen["final_fraction"],
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        chosen = self.hparams
+        if self._mup is None:
+            return parameter_groups(self.model, chosen["weight_decay"], chosen["decay"])
+        return self._mup.groups(self.model, chosen["learning_rate"], chosen["weight_decay"])
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        chosen = self.hparams
+        return torch.optim.AdamW(self._groups(), lr=chosen["learning_rate"], betas=tuple(chosen["betas"]))
 
     def configure_model(self) -> None:
         """Shard the parameters block by block (FSDP2) where the strategy brings a device mesh.
@@ -299,6 +325,18 @@ class _Totals:
         """Start sums; those of whole answers if an answer has several tokens."""
         exact_match = ExactMatch().to(device) if long_answers else None
         return cls(MeanTokenLoss().to(device), TokenAccuracy().to(device), exact_match)
+
+
+def estimated_steps(trainer: Trainer) -> int | float:
+    """Return the optimiser steps of a fit.
+
+    Where they are counted in epochs, Lightning makes the training loader for it, before a checkpoint says from where to
+    go on, and then does not look: have it make another one.
+    """
+    steps = trainer.estimated_stepping_batches
+    if trainer.ckpt_path is not None:
+        trainer.fit_loop._combined_loader = None
+    return steps
 
 
 def data_module(trainer: Trainer) -> Any:

@@ -1,8 +1,8 @@
 """The ``memzoo`` command.
 
 Training goes through Lightning's command line (``train_cli``), everything else through small functions
-(``catalog_cli``, ``generate_cli``, ``inspect_cli``), each imported when it is asked for. What a user got wrong ends in
-one line on stderr and exit code 2; with MEMZOO_TRACEBACK=1 in the environment it ends in the traceback.
+(``catalog_cli``, ``generate_cli``, ``inspect_cli``, ``bank_cli``), each imported when it is asked for. What a user got
+wrong ends in one line on stderr and exit code 2; with MEMZOO_TRACEBACK=1 in the environment it ends in the traceback.
 """
 
 import os
@@ -25,6 +25,7 @@ COMMANDS = {
     "recipes": ("list, show or copy the recipes", "catalog_cli", "run_recipes"),
     "generate": ("continue a text with a checkpoint", "generate_cli", "run"),
     "inspect": ("look into a checkpoint reading a text: tables and figures", "inspect_cli", "run"),
+    "bank": ("look into a memory bank on disk, edit it, merge banks that were trained apart", "bank_cli", "run"),
     "env": ("show versions, devices and optional backends", "catalog_cli", "run_env"),
 }
 

@@ -17,6 +17,8 @@ from types import FunctionType
 
 import torch
 import yaml
+from benchmark_bank import STORED as STORED_BANK
+from benchmark_bank import table as bank_table
 from benchmark_store import STORED
 from benchmark_store import table as store_table
 from torch import nn
@@ -194,8 +196,16 @@ def memory_store(page: Path) -> list[str]:
     return store_table(json.loads(STORED.read_text(encoding="utf-8")))
 
 
+def memory_bank(page: Path) -> list[str]:
+    """What `scripts/benchmark_bank.py` measured."""
+    if not STORED_BANK.exists():
+        return ["Not measured yet."]
+    return bank_table(json.loads(STORED_BANK.read_text(encoding="utf-8")))
+
+
 PARTS: Mapping[str, Callable[..., list[str]]] = {
-    part.__name__: part for part in (layers, models, card, choices, claims, recipes, results, reproduced, memory_store)
+    part.__name__: part
+    for part in (layers, models, card, choices, claims, recipes, results, reproduced, memory_store, memory_bank)
 }
 VERDICTS = {True: "Held", False: "**Did not hold**", None: "Not judged"}
 

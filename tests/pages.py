@@ -73,8 +73,11 @@ def check_commands(lines: list[list[str]]) -> None:
         errors = StringIO()
         with redirect_stderr(errors):
             code = main([name, *options, *(["--print_config"] if name in TRAINING else [])])
-        # Options are parsed before the checkpoint is looked for.
+        # Options are parsed before the checkpoint, or the bank, is looked for.
         missing = f"memzoo: error: checkpoint='{options[1]}' does not exist" if name in READING else ""
+        missing = (
+            f"memzoo: error: path='{Path(options[1]).absolute()}' holds no memory bank" if name == "bank" else missing
+        )
         assert code == (2 if missing else 0), (name, options, errors.getvalue())
         assert errors.getvalue().startswith(missing)
 

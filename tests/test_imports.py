@@ -21,6 +21,7 @@ FUNCTIONAL = {"memzoo.layers.ops", "memzoo.layers.errors", "memzoo.layers.state"
 ALLOWED = {
     "layers/reference": {"memzoo.layers", "torch"},  # a loop may read the parameters of the layer it spells out
     "layers/ops": FUNCTIONAL,
+    "layers/banks": {"memzoo.layers", "torch"},
     "layers/stores": {"memzoo.layers", "torch"},
     "layers": {"memzoo.layers", "torch", "einops"},
     "arch": {"memzoo.arch", "memzoo.layers", "torch", "einops", "safetensors", "timm"},
@@ -29,8 +30,9 @@ ALLOWED = {
 # Optional libraries, imported inside the function that was asked for them.
 LAZY = {
     "layers/ops": {"flash_attn", "fla", "mamba_ssm", "causal_conv1d"},
+    "layers/banks": {"filelock", "safetensors", "xxhash"},
     "layers/stores": {"filelock"},
-    "layers": {"safetensors"},
+    "layers": {"safetensors", "sentence_transformers"},
 }
 
 

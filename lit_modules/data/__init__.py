@@ -1,7 +1,22 @@
 """Lightning data modules."""
 
+from memzoo.lit_modules.data.clustered_text import ClusteredTextData
+from memzoo.lit_modules.data.leaf_rows import LeafRows, TreeBucketedSampler
 from memzoo.lit_modules.data.phone_book import PhoneBookData, PhoneBookTask
 from memzoo.lit_modules.data.recall import RecallData, RecallTask
 from memzoo.lit_modules.data.text import TextData
+from memzoo.lit_modules.data.topic_task import TopicTask
+from memzoo.lit_modules.data.topics import TopicData
 
-__all__ = ["PhoneBookData", "PhoneBookTask", "RecallData", "RecallTask", "TextData"]
+__all__ = [
+    "ClusteredTextData",
+    "LeafRows",
+    "PhoneBookData",
+    "PhoneBookTask",
+    "RecallData",
+    "RecallTask",
+    "TextData",
+    "TopicData",
+    "TopicTask",
+    "TreeBucketedSampler",
+]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memzoo.layers.errors import check_choice, check_divisible, check_positive
-from memzoo.lit_modules.data.tasks import Size, TaskData
+from memzoo.lit_modules.data.tasks import Size, TaskData, draw_distinct
 from memzoo.lit_modules.objective import NOT_SCORED
 
 Filler = Literal["zero", "random"]
@@ -98,11 +98,13 @@ class RecallTask:
         rng = np.random.default_rng(seed)
         episodes = num_rows * (self.sequence_length // self._episode_length)
         num_keys = self.vocab_size // 2
-        keys = 1 + _draw(rng, episodes, np.ones(num_keys - 1), self.num_pairs)
-        values = num_keys + _draw(rng, episodes, np.ones(self.vocab_size - num_keys), self.num_pairs + self.num_updates)
-        updated = _draw(rng, episodes, np.ones(self.num_pairs), self.num_updates)
+        keys = 1 + draw_distinct(rng, episodes, np.ones(num_keys - 1), self.num_pairs)
+        values = num_keys + draw_distinct(
+            rng, episodes, np.ones(self.vocab_size - num_keys), self.num_pairs + self.num_updates
+        )
+        updated = draw_distinct(rng, episodes, np.ones(self.num_pairs), self.num_updates)
         places = np.arange(1, 1 + (self._episode_length - self._first_query) // 2)
-        queries = self._first_query + 2 * _draw(rng, episodes, places ** (self.power - 1.0), self.num_pairs)
+        queries = self._first_query + 2 * draw_distinct(rng, episodes, places ** (self.power - 1.0), self.num_pairs)
 
         shape, bound = (episodes, self._episode_length), 2 * (self.num_pairs + self.num_updates)
         tokens = torch.from_numpy(rng.integers(self.vocab_size if self.filler == "random" else 1, size=shape))
@@ -134,15 +136,6 @@ class RecallTask:
     @property
     def _first_query(self) -> int:
         return 2 * (self.num_pairs + self.num_updates) + self.min_gap
-
-
-def _draw(rng: np.random.Generator, num_rows: int, weights: np.ndarray, count: int) -> Tensor:
-    """Draw ``count`` numbers below ``len(weights)`` a row, one after another by weight, none twice: (num_rows, count).
-
-    Of exponential clocks with these rates, the order in which the first ones ring is such a draw.
-    """
-    clocks = rng.standard_exponential((num_rows, len(weights)), dtype=np.float32) / weights.astype(np.float32)
-    return torch.from_numpy(clocks).topk(count, largest=False).indices
 
 
 class RecallData(TaskData[RecallTask]):

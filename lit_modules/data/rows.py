@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -60,7 +60,24 @@ def _between(documents: Sequence[Document], first: int, last: int) -> list[Span]
     return [span for span in clipped if span.start < span.stop]
 
 
-class PackedRows(Dataset[dict[str, Tensor]]):
+class TokenRows(Dataset[dict[str, Tensor]]):
+    """Rows of ``sequence_length + 1`` tokens, each a dict of tensors.
+
+    Attributes:
+        sequence_length: Inputs in a row.
+        num_tokens: Tokens of the text in all rows.
+        bytes_per_token: UTF-8 bytes of a target on average.
+    """
+
+    sequence_length: int
+    num_tokens: int
+    bytes_per_token: float
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class PackedRows(TokenRows):
     """Rows of ``sequence_length + 1`` tokens cut from the concatenation of some documents.
 
     The last token of a row is the first of the next, so with inputs ``tokens[:-1]`` and targets ``tokens[1:]`` every
@@ -120,7 +137,27 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         return row
 
 
-class RowSampler(DistributedSampler[int]):
+Drawn = TypeVar("Drawn", covariant=True)
+
+
+class ResumableSampler(DistributedSampler[Drawn]):
+    """A sampler that knows where in an epoch to begin."""
+
+    _resume = (0, 0)
+
+    def resume(self, epoch: int, batches: int) -> None:
+        """Leave out the first ``batches`` batches of ``epoch`` and go on from there."""
+        self.set_epoch(epoch)
+        self._resume = (epoch, batches)
+
+    @property
+    def batches_done(self) -> int:
+        """Batches that the present epoch leaves out."""
+        epoch, batches = self._resume
+        return batches if epoch == self.epoch else 0
+
+
+class RowSampler(ResumableSampler[int]):
     """The rows one device visits in an epoch, in an order that depends on nothing but the arguments and the epoch.
 
     Args:
@@ -143,7 +180,7 @@ class RowSampler(DistributedSampler[int]):
 
     def __init__(
         self,
-        rows: PackedRows | ConcatDataset[Any],
+        rows: TokenRows | ConcatDataset[Any],
         batch_size: int,
         *,
         num_replicas: int = 1,
@@ -154,7 +191,6 @@ class RowSampler(DistributedSampler[int]):
         super().__init__(rows, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
         self.contiguous = contiguous
         self.batch_size = batch_size
-        self._resume = (0, 0)
         if contiguous:
             self.batch_size = min(batch_size, len(rows) // num_replicas)
             if not self.batch_size:
@@ -164,17 +200,6 @@ class RowSampler(DistributedSampler[int]):
                 )
             self._rows_per_stream = len(rows) // (self.batch_size * num_replicas)
             self.num_samples = self._rows_per_stream * self.batch_size
-
-    def resume(self, epoch: int, batches: int) -> None:
-        """Leave out the first ``batches`` batches of ``epoch`` and go on from there."""
-        self.set_epoch(epoch)
-        self._resume = (epoch, batches)
-
-    @property
-    def batches_done(self) -> int:
-        """Batches that the present epoch leaves out."""
-        epoch, batches = self._resume
-        return batches if epoch == self.epoch else 0
 
     def __iter__(self) -> Iterator[int]:
         order = self._streams() if self.contiguous else super().__iter__()
@@ -188,9 +213,9 @@ class RowSampler(DistributedSampler[int]):
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """A loader over a ``RowSampler`` whose place within the epoch goes into Lightning's checkpoints."""
+    """A loader over a ``ResumableSampler`` whose place within the epoch goes into Lightning's checkpoints."""
 
-    sampler: RowSampler
+    sampler: ResumableSampler[Any]
     _place: tuple[int, int] = (0, 0)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]

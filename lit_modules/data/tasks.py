@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -164,3 +165,12 @@ def _tasks(argument: str, sizes: Sequence[Size], task: Callable[[Size], TaskT]) 
     if not tasks or len(tasks) < len(sizes):
         raise ValueError(f"{argument}={sizes} names no size, or one twice; use one or several, each once")
     return tasks
+
+
+def draw_distinct(rng: np.random.Generator, num_rows: int, weights: np.ndarray, count: int) -> Tensor:
+    """Draw ``count`` numbers below ``len(weights)`` a row, one after another by weight, none twice: (num_rows, count).
+
+    Of exponential clocks with these rates, the order in which the first ones ring is such a draw.
+    """
+    clocks = rng.standard_exponential((num_rows, len(weights)), dtype=np.float32) / weights.astype(np.float32)
+    return torch.from_numpy(clocks).topk(count, largest=False).indices

@@ -13,7 +13,15 @@ from torch.utils.data import DataLoader
 
 from memzoo.layers.errors import check_positive
 from memzoo.lit_modules.data.corpus import find_text_files
-from memzoo.lit_modules.data.rows import PackedRows, ResumableLoader, RowSampler, Span, all_spans, split_documents
+from memzoo.lit_modules.data.rows import (
+    PackedRows,
+    ResumableLoader,
+    RowSampler,
+    Span,
+    TokenRows,
+    all_spans,
+    split_documents,
+)
 from memzoo.lit_modules.data.shards import TokenCache, prepare_cache
 from memzoo.lit_modules.data.tokenizer import load_tokenizer
 
@@ -118,7 +126,7 @@ class TextData(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._keys: list[str] = []  # the caches' names: of paths, and of validation_paths if given
-        self._rows: tuple[PackedRows, dict[int, PackedRows]] | None = None  # for training, for validation by length
+        self._rows: tuple[TokenRows, dict[int, TokenRows]] | None = None  # for training, for validation by length
 
     @property
     def vocab_size(self) -> int:
@@ -136,12 +144,12 @@ class TextData(pl.LightningDataModule):
         return None if self.val_sequence_lengths is None else str(self.sequence_length)
 
     @property
-    def training_rows(self) -> PackedRows:
+    def training_rows(self) -> TokenRows:
         """The training split, in the order of its documents."""
         return self._split()[0]
 
     @property
-    def validation_rows(self) -> PackedRows:
+    def validation_rows(self) -> TokenRows:
         """The validation split, in rows as long as those of training."""
         return self._split()[1][self.sequence_length]
 
@@ -192,7 +200,7 @@ class TextData(pl.LightningDataModule):
         """Return the loader of the validation rows of ``sequence_length``, in order."""
         return self._validation_loader(self.validation_rows)
 
-    def _validation_loader(self, rows: PackedRows) -> Loader:
+    def _validation_loader(self, rows: TokenRows) -> Loader:
         batch_size = max(1, self.batch_size * self.sequence_length // rows.sequence_length)
         if self.contiguous:
             return DataLoader(rows, **self._sampled(rows, batch_size))
@@ -202,13 +210,22 @@ class TextData(pl.LightningDataModule):
         if keys != self._keys:
             self._keys, self._rows = keys, None
 
-    def _split(self) -> tuple[PackedRows, dict[int, PackedRows]]:
+    def _split(self) -> tuple[TokenRows, dict[int, TokenRows]]:
         if self._rows is None:
             self.setup()
         assert self._rows is not None
         return self._rows
 
-    def _open(self) -> tuple[PackedRows, dict[int, PackedRows]]:
+    def _open(self) -> tuple[TokenRows, dict[int, TokenRows]]:
+        (training_cache, training), (validation_cache, validation) = self._spans()
+        lengths = dict.fromkeys((self.sequence_length, *(self.val_sequence_lengths or ())))
+        return (
+            self._pack("training", training_cache, training, self.sequence_length),
+            {length: self._pack("validation", validation_cache, validation, length) for length in lengths},
+        )
+
+    def _spans(self) -> tuple[tuple[TokenCache, list[Span]], tuple[TokenCache, list[Span]]]:
+        """Return what to train on, in its order, and what to validate on."""
         caches = [TokenCache(self.cache_dir / key) for key in self._keys]
         training_cache, validation_cache = caches[0], caches[-1]
         if self.validation_paths is None:
@@ -217,14 +234,13 @@ class TextData(pl.LightningDataModule):
         else:
             training, validation = all_spans(training_cache.documents), all_spans(validation_cache.documents)
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(self.seed))
-        shuffled = [training[i] for i in order.tolist()]
-        lengths = dict.fromkeys((self.sequence_length, *(self.val_sequence_lengths or ())))
-        return (
-            self._pack("training", training_cache, shuffled, self.sequence_length),
-            {length: self._pack("validation", validation_cache, validation, length) for length in lengths},
-        )
+        return (training_cache, [training[i] for i in order.tolist()]), (validation_cache, validation)
 
-    def _pack(self, split: str, cache: TokenCache, spans: list[Span], length: int) -> PackedRows:
+    def _pack(self, split: str, cache: TokenCache, spans: list[Span], length: int) -> TokenRows:
+        self._check_size(split, cache, spans, length)
+        return PackedRows(cache, spans, length, with_documents=self.pack_documents)
+
+    def _check_size(self, split: str, cache: TokenCache, spans: list[Span], length: int) -> None:
         held, least = sum(span.stop - span.start for span in spans), length + 1
         if held < least:
             argument = "sequence_length" if length == self.sequence_length else "val_sequence_lengths"
@@ -233,9 +249,8 @@ class TextData(pl.LightningDataModule):
                 f"{argument}={getattr(self, argument)} needs {least} tokens in the {split} split, which holds {held} "
                 f"of {total}; lower {argument}, or pass more text"
             )
-        return PackedRows(cache, spans, length, with_documents=self.pack_documents)
 
-    def _sampled(self, rows: PackedRows, batch_size: int) -> dict[str, Any]:
+    def _sampled(self, rows: TokenRows, batch_size: int) -> dict[str, Any]:
         share = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         devices = share.get("num_replicas", 1)
         if self.contiguous and len(rows) < devices and rows.sequence_length != self.sequence_length:

@@ -23,6 +23,7 @@ from memzoo.arch import (
     titans_lmm,
     transformer,
 )
+from memzoo.arch.causal_lm import residual_outputs
 from memzoo.layers.attention import SlidingWindowAttention
 from memzoo.layers.neural_memory import NeuralMemory
 
@@ -260,7 +261,7 @@ def test_both_halves_of_every_block_start_small(name: str) -> None:
     for block in create_model(name, depth=8).blocks:
         outputs = block.mixer.residual_outputs() if hasattr(block.mixer, "residual_outputs") else [block.mixer.out]
         branches = 8 * (len(outputs) + 1)
-        for projection in (*outputs, block.ffn.down):
+        for projection in (*outputs, *residual_outputs(block.ffn)):
             assert projection.weight.std().item() == pytest.approx(0.02 * branches**-0.5, rel=0.05)
 
 

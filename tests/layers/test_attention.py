@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from memzoo.layers import Attention, MixerState, SlidingWindowAttention, create_layer
+from memzoo.layers import (
+    Attention,
+    BMojo,
+    DifferentialAttention,
+    MemoryAsContext,
+    MixerState,
+    SlidingWindowAttention,
+    create_layer,
+)
 from memzoo.layers.reference import attention as loop
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -63,6 +71,26 @@ def test_it_is_projections_norm_rotation_and_attention_in_this_order(kind, rotar
         learned = layer.prefix_tokens[None]
         prefix = heads(learned, layer.key.weight, layer.key_norm), heads(learned, layer.value.weight)
     y, _ = loop.attention(q, k, heads(x, layer.value.weight), window=layer.window, prefix=prefix)
+    torch.testing.assert_close(layer(x)[0], y.flatten(2) @ layer.out.weight.T, **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_full_norm_is_one_over_all_heads_before_they_are_split(kind):
+    layer = KINDS[kind](qk_norm="full", num_prefix_tokens=2).double()
+    widths = [norm.weight.numel() for norm in (layer.query_norm, layer.key_norm)]
+    assert widths == [DIM, DIM // 2]  # 2 h d_h gains where there are as many key heads
+    for norm in (layer.query_norm, layer.key_norm):
+        norm.weight.data.uniform_(0.5, 1.5)
+    x, prefix = tokens(2, 7), layer.prefix_tokens[None]
+
+    def heads(source: Tensor, weight: Tensor, norm: torch.nn.Module) -> Tensor:
+        y = source @ weight.T
+        return (y / (y.square().mean(-1, True) + norm.eps).sqrt() * norm.weight).unflatten(-1, (-1, 2))
+
+    q = heads(x, layer.query.weight, layer.query_norm)
+    k, prefix_keys = (heads(source, layer.key.weight, layer.key_norm) for source in (x, prefix))
+    v, prefix_values = ((source @ layer.value.weight.T).unflatten(-1, (-1, 2)) for source in (x, prefix))
+    y, _ = loop.attention(rotated(q), rotated(k), v, window=layer.window, prefix=(prefix_keys, prefix_values))
     torch.testing.assert_close(layer(x)[0], y.flatten(2) @ layer.out.weight.T, **EXACT)
 
 
@@ -257,6 +285,7 @@ def test_prefix_tokens_are_drawn_as_large_as_normalised_tokens_also_after_meta()
         ({"dim": 8, "num_heads": 2, "num_prefix_tokens": -1}, "num_prefix_tokens=-1 .*use 0 for none"),
         ({"dim": 8, "num_heads": 2, "backend": "cuda"}, "backend='cuda' is not one of 'auto', 'torch', 'flash_attn'"),
         ({"dim": 8, "num_heads": 2, "window": 0}, "window=0 keeps no keys"),
+        ({"dim": 8, "num_heads": 2, "qk_norm": "ful"}, "qk_norm='ful' is not one of .*did you mean 'full'"),
     ],
 )
 def test_a_layer_that_cannot_be_is_refused(options, words):
@@ -274,3 +303,18 @@ def test_registered_layers_are_built_with_overrides():
     layer = create_layer("sliding_window_attention", 16, window=7)
     assert (layer.window, layer.num_heads, layer.num_kv_heads) == (7, 4, 2)
     assert create_layer("attention", 16, num_kv_heads=1).num_kv_heads == 1
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **options: BMojo(64, num_heads=2, **options),
+        lambda **options: MemoryAsContext(16, num_heads=2, **options),
+        lambda **options: DifferentialAttention(16, layer_index=1, num_heads=4, **options),
+    ],
+    ids=["bmojo", "memory_as_context", "differential"],
+)
+def test_layers_that_normalise_head_by_head_refuse_the_norm_over_all_heads(build):
+    build(qk_norm=True)
+    with pytest.raises(ValueError, match="qk_norm='full' is not one of False, True"):
+        build(qk_norm="full")

@@ -44,6 +44,29 @@ def test_05_route_is_the_nearest_child_level_by_level(branching: int, depth: int
 
 
 @settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), margin=st.sampled_from([0.0, 0.05, 0.3, 0.9]), closed=st.booleans())
+def test_a_kept_path_is_left_where_another_child_is_nearer_by_the_margin(
+    seed: int, margin: float, closed: bool
+) -> None:
+    tree, x = random_tree(3, 3, 4, seed), draw(12, 4, seed=seed + 50)
+    keep = tree.route(x + 0.5 * draw(12, 4, seed=seed + 60))
+    keep[0] = torch.tensor([3, 9, 27])  # the generic blocks: no nodes
+    blocked = {2: torch.arange(9) % 3 == seed % 3} if closed else None
+    paths = tree.route(x, keep=keep, margin=margin, blocked=blocked)
+    assert torch.equal(paths, reference.route(x, tree.centroids, blocked, keep, margin))
+    assert torch.equal(paths[0], tree.route(x, blocked=blocked)[0])
+    if not margin:
+        assert torch.equal(paths, tree.route(x, blocked=blocked))
+
+
+def test_a_wide_margin_keeps_rows_that_a_narrow_one_lets_go() -> None:
+    tree, x = ClusterTree([torch.tensor([[1.0, 0.0], [0.0, 1.0]])]), torch.tensor([[1.0, 1.2]])  # 0.95 and 0.72 away
+    keep = torch.tensor([[0]])
+    assert [tree.route(x, keep=keep, margin=margin).item() for margin in (0.0, 0.1, 0.3)] == [1, 1, 0]
+    assert tree.route(x, keep=keep).item() == 1
+
+
+@settings(max_examples=25, deadline=None)
 @given(branching=st.integers(2, 6), depth=st.integers(1, 4), seed=st.integers(0, 1000))
 def test_05_ids_are_nested(branching: int, depth: int, seed: int) -> None:
     paths = random_tree(branching, depth, 3, seed).route(draw(8, 3, seed=seed + 99))
@@ -320,6 +343,10 @@ def test_embeddings_that_do_not_fit_are_named(tree: ClusterTree) -> None:
         tree.route(draw(2, 8), blocked={2: torch.zeros(4, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"^level=4 is not in the tree"):
         tree.route(draw(2, 8), blocked={4: torch.zeros(4, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"^keep has shape \(2, 2\); it must be \(batch, depth\), \(2, 3\)"):
+        tree.route(draw(2, 8), keep=torch.zeros(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^margin=1 is not in \[0, 1\)"):
+        tree.route(draw(2, 8), margin=1)
 
 
 def test_levels_that_do_not_fit_together_are_named() -> None:

@@ -361,6 +361,33 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_that_was_not(text, tm
         assert torch.equal(a, b), name
 
 
+def test_a_run_of_epochs_resumes_where_it_was_although_its_length_is_asked_for(text, tmp_path):
+    """The number of steps needs the loader before the checkpoint's place in it is known."""
+    seen = []
+
+    class Seen(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen[-1].append(batch["tokens"])
+
+    def run(*callbacks, path=None, **options) -> CausalLMModule:
+        torch.manual_seed(0)
+        lit = CausalLMModule("titans_lmm_tiny", MEMORY | {"dim": 16, "depth": 1}, schedule="constant", warmup_steps=2)
+        data = TextData(str(text), sequence_length=16, batch_size=4, cache_dir=tmp_path / "cache")
+        seen.append([])
+        trainer(Seen(), *callbacks, max_epochs=2, **options).fit(lit, datamodule=data, ckpt_path=path)
+        return lit
+
+    keep = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=3)
+    run(keep, max_steps=3, enable_checkpointing=True)
+    resumed, straight = run(path=tmp_path / "mid.ckpt"), run()
+    _, rest, whole = seen
+    assert len(whole) > 2 * 3 + 2
+    assert len(rest) == len(whole) - 3
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[3:], strict=True))
+    for (name, a), b in zip(resumed.named_parameters(), straight.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_a_checkpoint_loads_by_itself_where_the_model_has_a_name(tmp_path):
     lit = module(schedule="wsd", betas=(0.8, 0.9))
     fit = trainer(max_steps=1)

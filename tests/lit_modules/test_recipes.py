@@ -10,7 +10,7 @@ import yaml
 
 from memzoo.arch import CausalLM, create_model
 from memzoo.lit_modules.cli import main
-from memzoo.lit_modules.data import PhoneBookData
+from memzoo.lit_modules.data import PhoneBookData, TopicData
 from memzoo.recipes import list_recipes, read_reference, recipe_path, recipe_summary, reference_path
 
 RECIPES = list_recipes()
@@ -29,6 +29,8 @@ def data_of(name: str) -> str:
 TEXT = [name for name in TINY if data_of(name) == "TextData"]
 RECALL = [name for name in TINY if data_of(name) == "RecallData"]
 PHONE_BOOK = [name for name in TINY if data_of(name) == "PhoneBookData"]
+TOPICS = [name for name in TINY if data_of(name) == "TopicData"]
+CLUSTERED = [name for name in TINY if data_of(name) == "ClusteredTextData"]
 SHARDED = [name for name in RECIPES if "strategy" in read(name)["trainer"]]
 LONG = [name for name in TEXT if "val_sequence_lengths" in read(name)["data"]["init_args"]]
 
@@ -37,13 +39,14 @@ def test_every_recipe_of_the_package_is_found():
     titans = [f"titans/{kind}_{size}" for kind in ("lmm", "mac", "mag", "mal") for size in ("340m", "tiny")]
     others = [f"bmojo/{name}" for name in ("1b4", "370m", "long_tiny", "mqar_tiny", "tiny")]
     others += [f"gmt/{name}" for name in ("base", "gpt_103m", "gpt_tiny", "tiny")]
+    others += [f"hier_memory/{name}" for name in ("160m", "text_tiny", "tiny")]
     others += ["mamba/mamba2_tiny", "mamba/mamba_tiny", "mom/340m", "mom/mqar_tiny", "mom/tiny"]
     others += [f"sambay/{name}" for name in ("d16", "d8", "phone_book_tiny", "tiny")]
     assert [*others, *titans, "transformer/tiny"] == RECIPES
 
 
 def test_every_tiny_recipe_is_of_a_kind_that_is_tested():
-    assert {*TEXT, *RECALL, *PHONE_BOOK} == {*TINY}
+    assert {*TEXT, *RECALL, *PHONE_BOOK, *TOPICS, *CLUSTERED} == {*TINY}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -68,8 +71,12 @@ def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 100)
     small = ["--data.batch_size", "2"]
-    if name in TEXT:
+    if name in [*TEXT, *CLUSTERED]:
         small += ["--data.paths", "text.txt", "--data.cache_dir", "cache", "--data.sequence_length", "32"]
+    if name in CLUSTERED:
+        small += ["--data.window", "32"]
+    if name in TOPICS:
+        small += ["--data.train_documents", "256"]
     if name in LONG:
         small += ["--data.val_sequence_lengths", "[64]"]
     assert main(["fit", "--config", f"{name}.yaml", "--trainer.fast_dev_run", "true", *small]) == 0
@@ -99,6 +106,15 @@ def test_a_recipe_of_a_task_has_as_many_tokens_as_it_and_ends_on_a_validation(na
     needed = data["vocab_size"] if name in RECALL else PhoneBookData(**data).vocab_size
     assert recipe["model"]["init_args"]["overrides"]["vocab_size"] == needed
     assert trainer["max_steps"] % trainer["val_check_interval"] == 0, "the last state is validated"
+
+
+@pytest.mark.parametrize("name", TOPICS)
+def test_a_recipe_of_topics_has_as_many_tokens_as_they_and_a_memory_for_every_level(name):
+    recipe = read(name)
+    model, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
+    assert model["overrides"]["vocab_size"] == TopicData(**data).vocab_size
+    assert len(model["rows"]) == data["depth"]
+    assert recipe["trainer"]["max_steps"] % recipe["trainer"]["val_check_interval"] == 0, "the last state is validated"
 
 
 def test_the_tiny_recipes_of_text_see_the_same_tokens_in_the_same_order():

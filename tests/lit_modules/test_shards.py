@@ -183,7 +183,7 @@ KILLS: dict[str, Callable[[], tuple[object, str, Callable[..., Any]]]] = {
     "as the folder is made": lambda: (Path, "mkdir", kill_on_second_call(Path.mkdir)),
     "between two shards": lambda: (np, "save", kill_on_second_call(np.save)),
     "within a shard": lambda: (np, "save", kill_afterwards(lambda path, array: path.write_bytes(b"\x93NUM"))),
-    "before the manifest": lambda: (shards, "_write_manifest", kill_self),
+    "before the manifest": lambda: (shards, "write_manifest", kill_self),
     "before the rename": lambda: (os, "rename", kill_self),
     "after the rename": lambda: (os, "rename", kill_afterwards(os.rename)),
 }
