@@ -195,6 +195,27 @@ class ClusterTree:
             digest.update(level.numpy().data)
         return digest.hexdigest()
 
+    @cached_property
+    def repeated(self) -> tuple[Tensor, ...]:
+        """By level, which nodes have the centroid of an earlier sibling: it wins every tie, so nothing is routed there.
+
+        Shape:
+            repeated[l - 1]: (branching ** l,) booleans.
+        """
+        found = []
+        for centroids in self.centroids:
+            siblings = centroids.view(-1, self.branching, self.width)
+            first = siblings[..., 0]
+            pairs = (
+                (first.unsqueeze(-1) == first.unsqueeze(-2)).tril(-1).nonzero()
+            )  # few: only these are compared whole
+            parent, later, earlier = pairs.unbind(-1)
+            equal = (siblings[parent, later] == siblings[parent, earlier]).all(-1)
+            mask = torch.zeros(first.shape, dtype=torch.bool)
+            mask[parent[equal], later[equal]] = True
+            found.append(mask.flatten())
+        return tuple(found)
+
     def save(self, path: str | Path) -> None:
         """Write the centroids to a safetensors file, whole or not at all."""
         from safetensors.torch import save_file

@@ -4,8 +4,8 @@ Pretraining with hierarchical memories (arXiv 2510.02375). A document reads the 
 leaf; all others stay where they are, in memory or on disk.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -36,7 +36,7 @@ class MemoryBank(BankReader):
     On disk, what ``put`` is given is kept in memory until ``commit`` writes all of it or, if the process ends
     meanwhile, nothing. Editing (``block``, ``unblock``, ``delete``, ``add_child``) is written at once. Any number of
     processes may read a bank, of which one may write: readers see its commits at their next ``fetch``. Methods may be
-    called by several threads.
+    called by several threads; in the process that writes, they wait for a commit to be done.
 
     Args:
         storage: Where blocks are kept.
@@ -151,9 +151,7 @@ class MemoryBank(BankReader):
         """
         with self._change():
             if blocks := dict(self._uncommitted):
-                self._write(blocks)
-                with self._lock:
-                    self._uncommitted.clear()
+                self._write(blocks, settled=blocks)
 
     def __enter__(self) -> Self:
         return self
@@ -255,10 +253,8 @@ class MemoryBank(BankReader):
                 marks = {node: part.mark(node) for node in nodes}
                 held = {*part.written()}
                 blocks = {node: part.block_of(*node) for node in nodes if node in held}
-                self._write(blocks, {node: mark | (Mark.WRITTEN * (node in blocks)) for node, mark in marks.items()})
-                with self._lock:
-                    for node in nodes:
-                        self._uncommitted.pop(node, None)
+                kept = {node: mark | (Mark.WRITTEN * (node in blocks)) for node, mark in marks.items()}
+                self._write(blocks, kept, settled=nodes)
 
     def copy_to(self, path: str | Path | None = None, *, branching: int | None = None) -> "MemoryBank":
         """Copy the bank, with what was not committed.
@@ -315,26 +311,37 @@ class MemoryBank(BankReader):
             yield
 
     def _write(
-        self, blocks: Mapping[Node, Tensor], marks: Mapping[Node, int] | None = None, tree: ClusterTree | None = None
+        self,
+        blocks: Mapping[Node, Tensor],
+        marks: Mapping[Node, int] | None = None,
+        tree: ClusterTree | None = None,
+        *,
+        settled: Iterable[Node] = (),
     ) -> None:
-        # A commit to the disk is there at one moment, which its version tells; in memory, the lock makes one of it.
-        with self._lock if self._disk is None else nullcontext():
+        """Write to the storage, and forget what that changes, in one step for all other threads.
+
+        Args:
+            blocks: As the storage takes them, and so ``marks`` and ``tree``.
+            marks: To set.
+            tree: The new one.
+            settled: Nodes for which nothing waits to be committed any more, once this counts.
+        """
+        with self._lock:
+            before = None if self._disk is None else self._disk.version
             try:
                 self._storage.write(blocks, marks, tree)
             finally:  # a commit that fails may count all the same, with something left to do
-                self._forget([*blocks, *(marks or {})])
+                if self._disk is None or self._disk.version != before:
+                    for node in settled:
+                        self._uncommitted.pop(node, None)
+                    self._forget([*blocks, *(marks or {})])
 
     def _mark(self, level: int, node: int, change: Callable[[Mark], Mark], *, subtree: bool) -> None:
         root = self.layout.check_place(level, node)
         with self._change():
             nodes = editing.descendants(self.layout.branching, self.layout.depth, root) if subtree else [root]
-            try:
-                self._write({}, {own: change(self.mark(own)) for own in nodes})
-            finally:
-                with self._lock:
-                    for own in nodes:
-                        if self.mark(own) & Mark.DELETED:
-                            self._uncommitted.pop(own, None)
+            marks = {own: change(self.mark(own)) for own in nodes}
+            self._write({}, marks, settled=[own for own, mark in marks.items() if mark & Mark.DELETED])
 
     def _copy_into(self, copy: "MemoryBank") -> None:
         """Write blocks, some at a time, and marks to a fresh copy."""

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
@@ -238,6 +239,14 @@ class MemoryBankModule(CausalLMModule):
     def teardown(self, stage: str) -> None:
         """Close a bank that was opened or made at ``bank_path``."""
         super().teardown(stage)
+        self.close_bank()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return a callback that closes such a bank if a run fails, for Lightning calls no ``teardown`` then."""
+        return [*cast(list[Callback], super().configure_callbacks()), CloseBank()]
+
+    def close_bank(self) -> None:
+        """Close a bank that was opened or made at ``bank_path``; what was not committed is lost."""
         if self.bank is not None and self.hparams["bank_path"] is not None:
             self.bank.close()
             self.bank, self._blocks = None, {}
@@ -351,6 +360,15 @@ class MemoryBankModule(CausalLMModule):
             clip_per_subtree=chosen["clip_per_subtree"],
             offload=chosen["offload"],
         )
+
+
+class CloseBank(Callback):
+    """Closes the bank of a ``MemoryBankModule`` whose run has failed."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close it."""
+        if isinstance(pl_module, MemoryBankModule):
+            pl_module.close_bank()
 
 
 def _load_weights(model: nn.Module, path: str) -> None:

@@ -224,6 +224,12 @@ class DiskStorage:
                     continue
         return corrupt
 
+    def after_fork(self) -> None:
+        """Let go of what threads of the other process were doing."""
+        self._lock = Lock()
+        for file in self._files.values():
+            file.after_fork()
+
     def close(self) -> None:
         """Let go of the files; others may write to the folder then."""
         if self._opened is not None:

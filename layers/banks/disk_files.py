@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -48,11 +48,11 @@ class BlockFile:
         if len(out) < SHARED or not self._is_in_memory(offset, len(out)):
             work()  # one after another, as a disk reads best
         else:
-            other = _other_thread(os.getpid()).submit(work)
+            other = _in_other_thread(work)
             try:
                 work()
             finally:
-                if not other.cancel():
+                if other is not None and not other.cancel():
                     other.result()
         return None if None in digests else checksum_of_pieces(cast(list[int], digests))
 
@@ -78,6 +78,10 @@ class BlockFile:
     def sync(self) -> None:
         """Wait until all that was written is on the disk."""
         os.fsync(self._file.fileno())
+
+    def after_fork(self) -> None:
+        """Let go of what threads of the other process were doing."""
+        self._lock = Lock()
 
     def close(self) -> None:
         """Let go of the file."""
@@ -121,6 +125,13 @@ class BlockFile:
         with self._lock:
             self._file.seek(offset)
             return self._file.readinto(piece) or 0
+
+
+def _in_other_thread(work: Callable[[], None]) -> "Future[None] | None":
+    try:
+        return _other_thread(os.getpid()).submit(work)
+    except RuntimeError:  # the interpreter is shutting down, and starts no more work
+        return None
 
 
 @cache

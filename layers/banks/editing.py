@@ -57,11 +57,10 @@ def free_child(
         )
     first = node * tree.branching
     remedy = f"delete one with its subtree, or make room: bank.copy_to(path, branching={tree.branching + 1})"
-    centroids = tree.centroids[level][first : first + tree.branching]
-    for number, centroid in enumerate(centroids):
+    for number in range(tree.branching):
         child = Node(level + 1, first + number)
         deleted = int(marks(child.level)[child.node]) & Mark.DELETED
-        if not deleted and not (centroids[:number] == centroid).all(-1).any():  # its twin wins every tie
+        if not deleted and not tree.repeated[level][child.node]:
             continue
         if not any(_is_in_use(own, marks, uncommitted) for own in descendants(tree.branching, tree.depth, child)):
             return child

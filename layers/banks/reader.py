@@ -58,8 +58,10 @@ class BankReader:
         """Begin anew what was shared with threads of the other process; what it writes is its own affair."""
         self._start_threads()
         self._copies.after_fork()
-        if self._cache is not None:
+        if self._disk is not None and self._cache is not None:
+            self._disk.after_fork()
             self._cache.after_fork()
+            self._forget(self._uncommitted)
             self._uncommitted.clear()
 
     @property
@@ -89,8 +91,9 @@ class BankReader:
 
         Args:
             embeddings: Of the contexts, by the embedder that the tree was fitted with.
-            reroute: Pass over nodes that are blocked or deleted, and those all of whose children are, in favour of the
-                next nearest. Otherwise they stay on the path, and ``fetch`` leaves them out.
+            reroute: Pass over nodes that are blocked or deleted, places that no child was added to, and nodes all of
+                whose children are such, in favour of the next nearest. Otherwise they stay on the path, and ``fetch``
+                leaves them out.
             keep: Paths to stay on unless another child is nearer by ``margin``, for a text that goes on.
             margin: As ``ClusterTree.route`` takes it.
 
@@ -131,10 +134,10 @@ class BankReader:
         nodes, rounds = self._nodes_on(paths), 0
         while True:
             with self._writing if rounds == _PATIENCE else nullcontext():
-                before = self._marks_of_time(nodes)
+                before = self._changes_of(nodes)
                 with suppress(NotWrittenError):  # deleted meanwhile: look again
                     fetched = Fetched.of(self.layout, paths, lambda node: self._readable(node, dtype, device))
-                    if self._marks_of_time(nodes) == before:
+                    if self._changes_of(nodes) == before:
                         return fetched
             rounds = min(rounds + 1, _PATIENCE)
 
@@ -253,15 +256,16 @@ class BankReader:
     def _follow(self) -> None:
         """Take up what another process committed."""
         self._check_open()
-        if self._disk is not None and not self._disk.is_writer and (changed := self._disk.refresh()):
-            self._forget(changed)
+        if self._disk is not None and not self._disk.is_writer:
+            with self._lock:  # who takes it up forgets what has changed before another goes on
+                if changed := self._disk.refresh():
+                    self._forget(changed)
 
-    def _marks_of_time(self, nodes: Sequence[Node]) -> tuple[int, list[int]]:
+    def _changes_of(self, nodes: Sequence[Node]) -> list[int]:
         """Return what is equal at two times only if nodes have not changed in between."""
         self._follow()
         with self._lock:
-            own = self._disk.version if self._disk is not None and self._disk.is_writer else 0
-            return own, [self._changes[node] for node in nodes]
+            return [self._changes[node] for node in nodes]
 
     def _forget(self, nodes: Iterable[Node]) -> None:
         """Note that nodes have changed."""
@@ -294,9 +298,13 @@ class BankReader:
                 self._readable(node, None, None)
 
     def _dead_ends(self) -> dict[int, Tensor]:
-        """Return by level the nodes that are closed, or all of whose children are dead ends."""
-        closed = int(Mark.BLOCKED | Mark.DELETED)
-        ends = {level: (self._storage.marks(level)[:-1] & closed) > 0 for level in range(1, self.layout.depth + 1)}
+        """Return by level the nodes that are closed, that stand in for no cluster, or whose children are all such."""
+        closed, levels = int(Mark.BLOCKED | Mark.DELETED), range(1, self.layout.depth + 1)
+        if not any(((self._storage.marks(level)[:-1] & closed) > 0).any() for level in levels):
+            return {}
+        ends = {
+            level: ((self._storage.marks(level)[:-1] & closed) > 0) | self.tree.repeated[level - 1] for level in levels
+        }
         for level in range(self.layout.depth - 1, 0, -1):
             ends[level] = ends[level] | ends[level + 1].view(-1, self.layout.branching).all(-1)
         if ends[1].all():

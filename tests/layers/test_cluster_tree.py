@@ -356,3 +356,12 @@ def test_levels_that_do_not_fit_together_are_named() -> None:
         ClusterTree([draw(1, 3)])
     with pytest.raises(ValueError, match=r"^centroids\[1\] has shape \(5, 3\); .* level 2 must be \(4, 3\)"):
         ClusterTree([draw(2, 3), draw(5, 3)])
+
+
+def test_repeated_centroids_are_those_of_an_earlier_sibling() -> None:
+    level = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 3.0]])
+    below = draw(9, 2)
+    below[5] = below[3]
+    below[6] = below[3]  # of another parent
+    tree = ClusterTree([level, below])
+    assert [mask.nonzero().squeeze(-1).tolist() for mask in tree.repeated] == [[1], [5]]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from memzoo.layers.banks.journal import Journal
 from memzoo.layers.banks.layout import Node
 from memzoo.layers.banks.storage import Mark
 from memzoo.layers.memory_bank import MemoryBank
@@ -184,6 +185,79 @@ def _fails(*_: object) -> None:
     raise OSError("no space left on device")
 
 
+def test_a_fetch_beside_a_merge_sees_all_of_a_subtree_or_nothing(tmp_path: Path) -> None:
+    """Also where some of its blocks are cached and others are not."""
+    ended, seen = threading.Event(), []
+    with cases.filled(tmp_path / "bank", cache_bytes={1: 2**20, 2: 0}) as bank:
+        bank.put(both(bank, 0.0))
+        bank.commit()
+        parts = [bank.copy_to(), bank.copy_to()]
+        for number, part in enumerate(parts):
+            part.put(both(part, 1.0 + number))
+
+        def read() -> None:
+            while not ended.is_set():
+                seen.append(values(bank))
+
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(read)
+            for number in range(12):
+                bank.merge({0: parts[number % 2]})
+            ended.set()
+            reading.result(timeout=60)
+        assert all(found in ([0.0, 0.0], [1.0, 1.0], [2.0, 2.0]) for found in seen)
+        assert values(bank) == [2.0, 2.0]
+
+
+def test_a_merge_that_counts_but_fails_halfway_stays_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cases.filled(tmp_path / "bank") as bank:
+        part = bank.copy_to()
+        part.put(both(bank, 2.0))
+        bank.put(both(bank, 1.5))
+        with monkeypatch.context() as patched:
+            patched.setattr("memzoo.layers.banks.journal.Journal.apply", _fails)
+            with pytest.raises(ValueError, match="no space left"):
+                bank.merge({0: part})
+        assert values(bank) == [2.0, 2.0]
+        bank.commit()
+    with MemoryBank.open(tmp_path / "bank") as again:
+        assert values(again) == [2.0, 2.0]
+
+
+def test_a_commit_that_fails_before_it_counts_keeps_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cases.filled(tmp_path / "bank") as bank:
+        part = bank.copy_to()
+        bank.put(both(bank, 1.5))
+        with monkeypatch.context() as patched:
+            patched.setattr("memzoo.layers.banks.journal.Journal.write", _fails)
+            with pytest.raises(ValueError, match="no space left"):
+                bank.merge({0: part})
+        assert values(bank) == [1.5, 1.5]
+
+
+def test_two_threads_of_a_reader_take_up_a_commit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cases.filled(tmp_path / "bank") as writer, MemoryBank.open(tmp_path / "bank", read_only=True) as reader:
+        reader.fetch(PATH)
+        writer.put(both(writer, 1.0))
+        writer.commit()
+        assert reader._disk is not None
+        refresh, handed = reader._disk.refresh, threading.Event()
+
+        def slowly() -> object:
+            changed = refresh()
+            if changed and not handed.is_set():
+                handed.set()
+                threading.Event().wait(0.2)  # the other thread has the time to read what is cached
+            return changed
+
+        monkeypatch.setattr(reader._disk, "refresh", slowly)
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(values, reader)
+            assert handed.wait(30)
+            assert values(reader) == [1.0, 1.0]
+            assert first.result(timeout=30) == [1.0, 1.0]
+
+
 # Gradients
 
 
@@ -249,6 +323,66 @@ def test_a_forked_process_is_a_reader_that_follows(bank: MemoryBank) -> None:
     process.join(timeout=60)
     assert process.exitcode == 0
     assert values(bank) == [2.0, 2.0]
+
+
+def _fetched(bank: MemoryBank, results: Any) -> None:
+    results.put((values(bank), values(bank, dtype=torch.float64)))
+
+
+def in_fork(bank: MemoryBank) -> tuple[list[float], list[float]]:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=_fetched, args=(bank, results), daemon=True)
+    process.start()
+    found = results.get(timeout=60)
+    process.join(timeout=60)
+    return found
+
+
+def test_a_process_forked_while_a_thread_commits_does_not_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, go = threading.Event(), threading.Event()
+    apply = Journal.apply
+
+    def slowly(journal: Journal, files: Any) -> None:
+        started.set()
+        assert go.wait(60)
+        apply(journal, files)
+
+    with cases.filled(tmp_path / "bank") as bank, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(Journal, "apply", slowly)
+        bank.put(both(bank, 1.0))
+        committing = pool.submit(bank.commit)
+        try:
+            assert started.wait(60)
+            assert in_fork(bank) == ([1.0, 1.0], [1.0, 1.0])
+        finally:
+            go.set()
+        committing.result(timeout=60)
+
+
+def test_a_forked_process_sees_no_copy_of_what_its_parent_has_not_committed(bank: MemoryBank) -> None:
+    bank.put(both(bank, 1.0))
+    bank.commit()
+    bank.put(both(bank, 2.0))
+    assert values(bank, dtype=torch.float64) == [2.0, 2.0]
+    expected = [1.0, 1.0] if bank.path is not None else [2.0, 2.0]
+    assert in_fork(bank) == (expected, expected)
+
+
+def test_a_block_is_read_although_no_thread_can_be_started_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the interpreter is shutting down, and another thread goes on."""
+
+    def refuses(process: int) -> Any:
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    with cases.filled(tmp_path / "bank", cache_bytes=0) as bank:
+        monkeypatch.setattr("memzoo.layers.banks.disk_files.SHARED", 1)
+        monkeypatch.setattr("memzoo.layers.banks.disk_files._other_thread", refuses)
+        assert len(values(bank)) == 2
 
 
 def test_a_copied_bank_is_one_of_its_own_in_memory_and_a_reader_on_disk(bank: MemoryBank) -> None:

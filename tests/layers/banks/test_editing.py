@@ -162,6 +162,21 @@ def test_a_node_all_of_whose_children_are_closed_is_passed_over(bank: MemoryBank
         bank.route(x, reroute=True)
 
 
+def test_12_places_without_a_cluster_are_no_way_around_a_blocked_node(bank: MemoryBank) -> None:
+    """A bank with room reroutes as it did without, and what is below a new child is not mistaken for clusters."""
+    x = cases.embeddings(60)
+    wide = bank.copy_to(branching=5)
+    bank.block(1, 0)
+    wide.block(1, 0)
+    rerouted = bank.route(x, reroute=True)
+    assert torch.equal(wide.route(x, reroute=True)[:, 0], rerouted[:, 0])
+    assert (rerouted[:, 0] != bank.route(x)[:, 0]).any()
+    child = wide.add_child(0, 0, x[0] / x[0].norm())
+    assert wide.route(x[:1], reroute=True)[0, 0] == child.node
+    wide.block(2, 5 * child.node)  # the first of its children, which all have its centroid
+    assert wide.route(x[:1], reroute=True)[0, 0] != child.node
+
+
 def test_a_full_node_has_no_place_for_a_child(bank: MemoryBank) -> None:
     for level, node in ((0, 0), (1, 2)):
         with pytest.raises(ValueError, match=f"node={node} of level {level} has no place"):
