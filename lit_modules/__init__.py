@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from memzoo.lit_modules.graph_memory import GraphMemoryUpkeep
     from memzoo.lit_modules.memory_bank import MemoryBankModule
+    from memzoo.lit_modules.memory_figures import MemoryFigure
     from memzoo.lit_modules.mup import MuPlusPlus, coordinate_check
     from memzoo.lit_modules.progress import ProgressBar
 
@@ -30,6 +31,7 @@ _HOMES = {
     "GraphMemoryUpkeep": "graph_memory",
     "LossFigure": "callbacks",
     "MemoryBankModule": "memory_bank",
+    "MemoryFigure": "memory_figures",
     "MuPlusPlus": "mup",
     "PhoneBookData": "data",
     "ProgressBar": "progress",
@@ -50,6 +52,7 @@ __all__ = [
     "GraphMemoryUpkeep",
     "LossFigure",
     "MemoryBankModule",
+    "MemoryFigure",
     "MuPlusPlus",
     "PhoneBookData",
     "ProgressBar",
