@@ -148,14 +148,20 @@ class CausalLM(nn.Module):
         doc_ids: Tensor | None = None,
         trace: Trace | None = None,
         donate: bool = False,
+        **reads: Any,
     ) -> tuple[Tensor, CausalLMState]:
         """Read a piece of every row's text; the arguments are those of ``SequenceMixer.forward``.
+
+        ``reads`` is what an architecture's ``forward_features`` takes besides, such as the memories of a bank; so in
+        ``prefill`` and ``step``.
 
         Raises:
             ValueError: A shape or dtype is wrong, a token id is outside the vocabulary, or ``state`` is not of this
                 model.
         """
-        features, state = self.forward_features(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
+        features, state = self.forward_features(
+            tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, **reads
+        )
         return self.forward_head(features), state
 
     def forward_features(
@@ -237,6 +243,7 @@ class CausalLM(nn.Module):
         doc_ids: Tensor | None = None,
         trace: Trace | None = None,
         donate: bool = False,
+        **reads: Any,
     ) -> tuple[Tensor, CausalLMState]:
         """Read a prompt; only the logits after each row's last real token are computed.
 
@@ -247,7 +254,9 @@ class CausalLM(nn.Module):
             ValueError: As ``forward``, or a row of ``mask`` has no real token.
         """
         check_prompt_mask(mask, tokens)
-        features, state = self.last_features(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
+        features, state = self.last_features(
+            tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, **reads
+        )
         return self.forward_head(features[:, 0]), state
 
     def last_features(
@@ -271,14 +280,16 @@ class CausalLM(nn.Module):
         *,
         trace: Trace | None = None,
         donate: bool = False,
+        **reads: Any,
     ) -> tuple[Tensor, CausalLMState]:
         """Read one token a row, (batch,); return logits (batch, vocab_size) and the state.
 
         Raises:
             ValueError: As ``forward``.
         """
-        check_step(token)
-        return self.prefill(token[:, None], state, trace=trace, donate=donate)
+        if token.dim() != 1:
+            raise ValueError(f"token has shape {tuple(token.shape)}; step reads one a row, (batch,): use prefill")
+        return self.prefill(token[:, None], state, trace=trace, donate=donate, **reads)
 
     def generate(
         self,
@@ -328,16 +339,6 @@ def residual_outputs(layer: nn.Module) -> list[nn.Linear]:
         return list(declared())
     named = [getattr(layer, name, None) for name in RESIDUAL_OUTPUTS]
     return [output for output in named if isinstance(output, nn.Linear)]
-
-
-def check_step(token: Tensor) -> None:
-    """Require one token a row.
-
-    Raises:
-        ValueError: Its shape is another.
-    """
-    if token.dim() != 1:
-        raise ValueError(f"token has shape {tuple(token.shape)}; step reads one a row, (batch,): use prefill")
 
 
 def last_token(x: Tensor, mask: Tensor | None) -> Tensor:

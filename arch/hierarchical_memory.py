@@ -8,8 +8,7 @@ from torch import Tensor
 
 from memzoo.arch.block import Block
 from memzoo.arch.card import Claim, Fidelity, ModelCard
-from memzoo.arch.causal_lm import CausalLM, CausalLMState, check_step, last_token
-from memzoo.arch.generation import check_prompt_mask
+from memzoo.arch.causal_lm import CausalLM, CausalLMState, last_token
 from memzoo.arch.memory_reader import MemoryReader
 from memzoo.arch.registry import record_config, register_model
 from memzoo.layers.banks.fetched import Fetched, LayerMemories
@@ -168,7 +167,7 @@ class HierarchicalMemoryLM(CausalLM):
             **{name: self._sizes[name] for name in NEEDED.get(kind, ())},
         )
 
-    def forward(
+    def forward_features(
         self,
         tokens: Tensor,
         state: CausalLMState | None = None,
@@ -179,7 +178,7 @@ class HierarchicalMemoryLM(CausalLM):
         donate: bool = False,
         memories: Fetched | None = None,
     ) -> tuple[Tensor, CausalLMState]:
-        """Read a piece of every row's text.
+        """Return what the head reads, (batch, time, dim), and the state.
 
         Args:
             tokens: Token ids.
@@ -193,46 +192,11 @@ class HierarchicalMemoryLM(CausalLM):
         Raises:
             ValueError: As ``CausalLM.forward``, or ``memories`` are of a bank for another model or of another batch.
         """
-        features, state = self.forward_features(
-            tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, memories=memories
-        )
-        return self.forward_head(features), state
-
-    def forward_features(
-        self,
-        tokens: Tensor,
-        state: CausalLMState | None = None,
-        *,
-        mask: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        trace: Trace | None = None,
-        donate: bool = False,
-        memories: Fetched | None = None,
-    ) -> tuple[Tensor, CausalLMState]:
-        """Return what the head reads, (batch, time, dim), and the state; the arguments are those of ``forward``."""
         options = None
         if memories is not None:
             self._check_rows(memories, tokens)
             options = [{"memories": own} for own in self._layers(memories)]
         return self.read(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, options=options)
-
-    def prefill(
-        self,
-        tokens: Tensor,
-        state: CausalLMState | None = None,
-        *,
-        mask: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        trace: Trace | None = None,
-        donate: bool = False,
-        memories: Fetched | None = None,
-    ) -> tuple[Tensor, CausalLMState]:
-        """Read a prompt, as ``CausalLM.prefill`` does, with ``memories`` as in ``forward``."""
-        check_prompt_mask(mask, tokens)
-        features, state = self.last_features(
-            tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, memories=memories
-        )
-        return self.forward_head(features[:, 0]), state
 
     def last_features(
         self,
@@ -245,24 +209,11 @@ class HierarchicalMemoryLM(CausalLM):
         donate: bool = False,
         memories: Fetched | None = None,
     ) -> tuple[Tensor, CausalLMState]:
-        """Return what the head reads of each row's last real token, with ``memories`` as in ``forward``."""
+        """Return what the head reads of each row's last real token, with ``memories`` as above."""
         features, state = self.forward_features(
             tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, memories=memories
         )
         return last_token(features, mask), state
-
-    def step(
-        self,
-        token: Tensor,
-        state: CausalLMState | None = None,
-        *,
-        trace: Trace | None = None,
-        donate: bool = False,
-        memories: Fetched | None = None,
-    ) -> tuple[Tensor, CausalLMState]:
-        """Read one token a row, as ``CausalLM.step`` does, with ``memories`` as in ``forward``."""
-        check_step(token)
-        return self.prefill(token[:, None], state, trace=trace, donate=donate, memories=memories)
 
     def reading(self, memories: Fetched) -> MemoryReader:
         """Return this model with memories that it reads in every call.

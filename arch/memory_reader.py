@@ -11,7 +11,6 @@ from memzoo.arch.causal_lm import CausalLMState
 from memzoo.arch.generation import Decoder, generate
 from memzoo.layers.banks.fetched import Fetched
 from memzoo.layers.errors import check_positive
-from memzoo.layers.trace import Trace
 
 if TYPE_CHECKING:
     from memzoo.arch.hierarchical_memory import HierarchicalMemoryLM
@@ -43,48 +42,23 @@ class MemoryReader:
         return self.model.vocab_size
 
     def forward(
-        self,
-        tokens: Tensor,
-        state: CausalLMState | None = None,
-        *,
-        mask: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        trace: Trace | None = None,
-        donate: bool = False,
+        self, tokens: Tensor, state: CausalLMState | None = None, **options: Any
     ) -> tuple[Tensor, CausalLMState]:
-        """Read a piece of every row's text, as ``CausalLM.forward`` does."""
-        logits, state = self.model(
-            tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, memories=self.memories
-        )
+        """Read a piece of every row's text, as ``CausalLM.forward`` does, with its keywords."""
+        logits, state = self.model(tokens, state, memories=self.memories, **options)
         return logits, state
 
     __call__ = forward
 
     def prefill(
-        self,
-        tokens: Tensor,
-        state: CausalLMState | None = None,
-        *,
-        mask: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        trace: Trace | None = None,
-        donate: bool = False,
+        self, tokens: Tensor, state: CausalLMState | None = None, **options: Any
     ) -> tuple[Tensor, CausalLMState]:
-        """Read a prompt, as ``CausalLM.prefill`` does."""
-        return self.model.prefill(
-            tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, memories=self.memories
-        )
+        """Read a prompt, as ``CausalLM.prefill`` does, with its keywords."""
+        return self.model.prefill(tokens, state, memories=self.memories, **options)
 
-    def step(
-        self,
-        token: Tensor,
-        state: CausalLMState | None = None,
-        *,
-        trace: Trace | None = None,
-        donate: bool = False,
-    ) -> tuple[Tensor, CausalLMState]:
-        """Read one token a row, as ``CausalLM.step`` does."""
-        return self.model.step(token, state, trace=trace, donate=donate, memories=self.memories)
+    def step(self, token: Tensor, state: CausalLMState | None = None, **options: Any) -> tuple[Tensor, CausalLMState]:
+        """Read one token a row, as ``CausalLM.step`` does, with its keywords."""
+        return self.model.step(token, state, memories=self.memories, **options)
 
     def generate(
         self,

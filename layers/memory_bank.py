@@ -185,7 +185,7 @@ class MemoryBank(BankReader):
         """Overwrite a node's block with zeros, for good; it is left out from then on, as if it were blocked.
 
         What the document that it was trained on left in the other nodes of its path, and in a model that was trained
-        with it, stays there; so do copies that file systems, disks, optimisers and checkpoints keep.
+        with it, stays there; so do copies that file systems, disks and checkpoints keep.
 
         Args:
             level: Of the node.
@@ -372,7 +372,7 @@ class MemoryBank(BankReader):
             raise ValueError(f"the bank at path={str(self.path)!r} was written to meanwhile; copy it again")
 
     def _cast(self, node: tuple[int, int], block: Tensor) -> Tensor:
-        """Return a copy of a block to keep.
+        """Return a block to keep, in the layout's dtype: a copy, unless the storage makes one.
 
         Raises:
             ValueError: It does not fit.
@@ -387,7 +387,8 @@ class MemoryBank(BankReader):
         if self.mark(where) & Mark.DELETED:
             raise ValueError(f"blocks[{tuple(where)}] is for a node that was deleted; use add_child to open its place")
         with torch.inference_mode(False):  # whoever fetches it may want gradients
-            cast = block.detach().to(self._storage.device, self.layout.dtype, copy=True).contiguous()
+            on_disk = self._disk is not None
+            cast = block.detach().to(self._storage.device, self.layout.dtype, copy=on_disk).contiguous()
         if not cast.isfinite().all():
             raise ValueError(
                 f"blocks[{tuple(where)}] is not finite in {self.layout.dtype}; lower the learning rate, or leave it out"

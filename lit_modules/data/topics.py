@@ -226,7 +226,7 @@ class TopicData(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> dict[str, DataLoader[dict[str, Tensor]]]:
-        """Return the loaders of the validation questions, by bucket."""
+        """Return the loaders of the validation questions, by bucket, in one order that mixes the topics."""
         return self._loaders("val")
 
     def test_dataloader(self) -> dict[str, DataLoader[dict[str, Tensor]]]:
@@ -296,7 +296,12 @@ class TopicData(pl.LightningDataModule):
         length = self.task.context_words + 1
         batch_size = max(1, self.batch_size * self.training_rows.sequence_length // length)
         asked = {name: self.questions(split, name) for name in self.task.buckets}
-        chosen = {name: numbers_within(rows, self.within).tolist() for name, rows in asked.items()}
+        # In one order that mixes the topics, so that a trainer's limit_val_batches asks about many of them.
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = {}
+        for name, rows in asked.items():
+            numbers = numbers_within(rows, self.within)
+            chosen[name] = numbers[torch.randperm(len(numbers), generator=generator)].tolist()
         if not any(chosen.values()):
             raise refuse_empty(self.within, sum(map(len, asked.values())), f"{split} questions")
         return {

@@ -1,5 +1,6 @@
 """Every registered layer keeps the contract of its kind (docs/contract.md), by default and with other options."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from memzoo.layers.registry import layer_entry, list_layers
 from tests.contract.checks import CHECKS, Part, cases
 from tests.contract.checks.core import DIM
 from tests.contract.example import ExponentialAverage
+from tests.contract.fetched import ReadingAttention, ReadingFeedForward
 
 EXAMPLE = Part("exponential_average", "mixer", lambda: ExponentialAverage(DIM))
 GROUPED = {"num_heads": 2, "num_value_heads": 4, "head_dim": 6, "value_dim": 4}
@@ -118,7 +120,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "bare": {"num_persistent_tokens": 0, "qk_norm": True, "memory": MATRIX},
     },
 }
-PARTS = [EXAMPLE]
+# With memories to read, which the registered layers do without: fetched for the rows of every call.
+FETCHED = [
+    Part(f"memory_feed_forward+{mode}", "channel", partial(ReadingFeedForward, DIM, mode=mode))
+    for mode in ("add", "concat")
+] + [
+    Part(f"memory_attention+{kind}", "mixer", partial(ReadingAttention, DIM, kind=kind), "grows")
+    for kind in ("kv", "lora_qk", "lora_vo")
+]
+PARTS = [EXAMPLE, *FETCHED]
 PARTS += [Part.of(layer_entry(name)) for name in list_layers()]
 PARTS += [Part.of(layer_entry(n), label, **options) for n, sets in VARIANTS.items() for label, options in sets.items()]
 CASES = cases(PARTS)

@@ -6,6 +6,7 @@ import pytest
 
 from memzoo.arch.registry import create_model, list_models, model_card
 from tests.contract.checks import CHECKS, Part, cases
+from tests.contract.fetched import ReadingLM
 
 # Borders of chunks, segments and windows within a few tokens.
 SMALL = {"depth": 2, "chunk_size": 4, "window": 5, "segment_size": 6, "memory": {"chunk_size": 4}}
@@ -88,6 +89,7 @@ def model_part(name: str, label: str = "", **options: Any) -> Part:
 
 
 PARTS = [model_part(name) for name in list_models("*_tiny")]
+PARTS += [Part("hier_memory_tiny+fetched", "model", ReadingLM, "grows", vocab_size=256)]
 PARTS += [model_part(name, label, **options) for name, sets in VARIANTS.items() for label, options in sets.items()]
 # Compiling such blocks takes long: once for their wiring; their layers are compiled one by one (test_layers.py).
 CASES = [

@@ -11,6 +11,8 @@ from memzoo.layers.banks.layout import BankLayout, Node
 from memzoo.layers.memory_bank import MemoryBank
 
 BRANCHING, WIDTH = 3, 5
+PATH = torch.tensor([[0, 1, 4]])
+COARSE, FINE = Node(1, 0), Node(2, 1)  # what is on it
 
 
 def tree(seed: int = 0, depth: int = 3, branching: int = BRANCHING) -> ClusterTree:
@@ -45,3 +47,11 @@ def filled(
 
 def embeddings(count: int = 12, seed: int = 1) -> Tensor:
     return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def both(bank: MemoryBank, value: float) -> dict[Node, torch.Tensor]:
+    return {node: torch.full(bank.layout.block_shape(node.level), value) for node in (COARSE, FINE)}
+
+
+def values(bank: MemoryBank, **options: Any) -> list[float]:
+    return [float(block.view(-1)[0]) for block in bank.fetch(PATH, **options).blocks]
