@@ -14,6 +14,7 @@ from memzoo.arch.generation import generate
 from memzoo.arch.gpt import GPT
 from memzoo.arch.graph_memory_transformer import GraphMemoryTransformer
 from memzoo.arch.hierarchical_memory import HierarchicalMemoryLM
+from memzoo.arch.hugging_face import HuggingFaceLM, HuggingFaceState
 from memzoo.arch.mamba import MambaLM
 from memzoo.arch.memory_reader import MemoryReader
 from memzoo.arch.mom import MoM
@@ -45,6 +46,8 @@ __all__ = [
     "GatedDeltaNetLM",
     "GraphMemoryTransformer",
     "HierarchicalMemoryLM",
+    "HuggingFaceLM",
+    "HuggingFaceState",
     "MambaLM",
     "MemoryReader",
     "MoM",

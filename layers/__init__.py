@@ -17,6 +17,7 @@ from memzoo.layers.gated_memory_unit import GatedMemoryUnit
 from memzoo.layers.graph_memory_cell import GraphMemoryCell
 from memzoo.layers.kimi_delta_attention import KimiDeltaAttention
 from memzoo.layers.linear_attention import LinearAttention
+from memzoo.layers.locas import Locas
 from memzoo.layers.mamba import Mamba, MambaState
 from memzoo.layers.mamba2 import Mamba2, Mamba2State
 from memzoo.layers.matrix_memory import MatrixMemory, MatrixMemoryState
@@ -42,7 +43,9 @@ from memzoo.layers.retnet import RetNet
 from memzoo.layers.rotary import Rotary
 from memzoo.layers.sentence_embedding import SentenceEmbedder
 from memzoo.layers.short_conv import ShortConv, ShortConvState
+from memzoo.layers.side_memory import SideMemory
 from memzoo.layers.state import MixerState, State
+from memzoo.layers.temp_lora import TempLoRA
 from memzoo.layers.trace import Trace
 
 __all__ = [
@@ -69,6 +72,7 @@ __all__ = [
     "LayerEntry",
     "LayerMemories",
     "LinearAttention",
+    "Locas",
     "Mamba",
     "Mamba2",
     "Mamba2State",
@@ -101,9 +105,11 @@ __all__ = [
     "SharedKeys",
     "ShortConv",
     "ShortConvState",
+    "SideMemory",
     "SlidingWindowAttention",
     "State",
     "SwiGLU",
+    "TempLoRA",
     "Trace",
     "create_layer",
     "delta_memory",

@@ -1,11 +1,10 @@
 """AttachedMemories: memories for a model that already exists, read beside its feed-forwards."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -14,9 +13,9 @@ from memzoo.layers.banks.fetched import Fetched, LayerMemories
 from memzoo.layers.banks.layout import Activation, BankLayout
 from memzoo.layers.banks.products import ACTIVATIONS, check_memories, memory_feed_forward
 from memzoo.layers.errors import check_choice, check_positive
-from memzoo.layers.feedforward import FeedForward, SwiGLU
+from memzoo.layers.feed_forward_site import is_conv1d
+from memzoo.layers.sites import find_sites, first_input, recognise
 
-EXPERTS = {"experts", "expert", "shared_expert", "shared_experts"}
 _READING: ContextVar[Mapping["AttachedMemories", Sequence[LayerMemories]]] = ContextVar(
     "memzoo.attached_memories", default=MappingProxyType({})
 )
@@ -78,7 +77,7 @@ class AttachedMemories:
         self.enabled = True
         self._shape: dict[str, Any] = {"dim": dim, "activation": activation, "gated": gated}
         self._handles = [
-            module.register_forward_hook(self._hook(layer, _first_input(name, module)), with_kwargs=True)
+            module.register_forward_hook(self._hook(layer, first_input(name, module)), with_kwargs=True)
             for layer, (name, module) in enumerate(sites.items())
         ]
 
@@ -113,8 +112,9 @@ class AttachedMemories:
             check_choice("activation", activation, ACTIVATIONS)
         stated = {"dim": dim, "activation": activation, "gated": gated}
         stated = {name: value for name, value in stated.items() if value is not None}
-        modules = _find(model, sites)
-        return cls(modules, **_common_shape({name: _recognise(module) | stated for name, module in modules.items()}))
+        remedy = "name the feed-forwards: attach(model, sites=[...], dim=..., activation=..., gated=...)"
+        modules = find_sites(model, sites, remedy=remedy)
+        return cls(modules, **_common_shape({name: _sizes(module) | stated for name, module in modules.items()}))
 
     def layout(
         self,
@@ -182,71 +182,6 @@ class AttachedMemories:
         return fetched.layers()
 
 
-def _find(model: nn.Module, sites: Sequence[str] | None) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if sites is None:
-        found = _find_all(model, modules)
-    elif not sites or len(set(sites)) < len(sites) or not modules.keys() >= set(sites):
-        raise ValueError(f"sites={list(sites)} are not names of modules of the model, each once; see named_modules()")
-    else:
-        found = {name: modules[name] for name in sites}
-    names = dict[nn.Module, str]()
-    for name, module in found.items():
-        if (first := names.setdefault(module, name)) != name:
-            raise ValueError(
-                f"sites {first!r} and {name!r} are one module, whose calls cannot be told apart; name each module "
-                f"once: attach(model, sites=[...])"
-            )
-    return found
-
-
-def _find_all(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Find the feed-forward of every layer, in the order of the layers."""
-    place = {name: index for index, name in enumerate(modules)}
-    ordered = sorted(modules, key=lambda name: _order(name, place))
-    found = {name: modules[name] for name in ordered if _recognise(modules[name])}
-    remedy = "name the feed-forwards: attach(model, sites=[...], dim=..., activation=..., gated=...)"
-    kind, (layers, several) = type(model).__name__, _declared(model)
-    if several:
-        raise ValueError(f"model={kind} has an encoder and a decoder, and a path may be that of one; {remedy}")
-    for name in found:
-        if EXPERTS & set(name.split(".")):
-            raise ValueError(f"model={kind}: {name!r} is an expert, a part of a layer's feed-forward; {remedy}")
-    if not found:
-        raise ValueError(f"model={kind} has no feed-forward that is recognised; {remedy}")
-    if layers not in (None, len(found)):
-        raise ValueError(f"model={kind} has {layers} layers, and {len(found)} feed-forwards are recognised; {remedy}")
-    return found
-
-
-def _order(name: str, place: Mapping[str, int]) -> list[int]:
-    """Sort names as the model lists them, but numbered siblings by number."""
-    parts = name.split(".")
-    return [int(p) if p.isdigit() else place[".".join(parts[:end])] for end, p in enumerate(parts, start=1)]
-
-
-def _declared(model: nn.Module) -> tuple[int | None, bool]:
-    """How many layers a model says it has, ours in ``blocks``, and whether it has an encoder and a decoder."""
-    if isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList):
-        return len(blocks), False
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        return None, True
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "num_hidden_layers", None), False
-
-
-def _first_input(site: str, module: nn.Module) -> str:
-    """Return the name of what a module reads: its ``forward``'s first argument."""
-    first, *more = inspect.signature(module.forward).parameters.values()
-    if first.kind is first.KEYWORD_ONLY and any(p.default is p.empty for p in more):
-        raise ValueError(
-            f"site {site!r} is a {type(module).__name__}, whose forward takes {first.name!r} and others by keyword "
-            f"alone: what it reads is not known; attach to a module around it that has one input"
-        )
-    return first.name
-
-
 def _common_shape(shapes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """What all sites have: dim, activation, gated."""
     (first, shape), *_ = shapes.items()
@@ -262,25 +197,14 @@ def _common_shape(shapes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return shape
 
 
-def _recognise(module: nn.Module) -> dict[str, Any]:
-    """Sizes of a feed-forward; empty for anything else."""
-    if isinstance(module, SwiGLU):
-        return {"dim": module.dim, "activation": "silu", "gated": True}
-    if isinstance(module, FeedForward):
-        return {"dim": module.dim, "activation": "gelu", "gated": False}
-    if _has(module, "gate_proj", "up_proj", "down_proj", "act_fn"):
-        gate = cast(nn.Linear, module.gate_proj)
-        return {"dim": gate.in_features, "activation": _activation(module.act_fn), "gated": True}
-    if _has(module, "gate_up_proj", "down_proj", "activation_fn") and isinstance(module.gate_up_proj, nn.Linear):
-        sizes = {"dim": module.gate_up_proj.in_features, "activation": _activation(module.activation_fn)}
-        return sizes | {"gated": True}
-    if _has(module, "c_fc", "c_proj", "act"):
-        return {"dim": getattr(module.c_fc, "nx", None), "activation": _activation(module.act), "gated": False}
-    return {}
-
-
-def _has(module: nn.Module, *names: str) -> bool:
-    return all(hasattr(module, name) for name in names)
+def _sizes(module: nn.Module) -> dict[str, Any]:
+    """What is known of a feed-forward: nothing, if it is not recognised."""
+    parts = recognise(module)
+    if parts is None:
+        return {}
+    up: Any = getattr(module, parts.up)
+    dim = up.nx if is_conv1d(up) else getattr(up, "in_features", None)
+    return {"dim": dim, "activation": _activation(parts.activation), "gated": parts.gate is not None}
 
 
 def _activation(function: Any) -> str | None:

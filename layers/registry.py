@@ -21,7 +21,7 @@ class LayerEntry:
         name: Unique, snake_case.
         kind: Which contract it keeps (docs/contract.md).
         build: ``build(dim, **overrides)``, a layer of width ``dim`` small enough to test in float64. That of a reader
-            takes ``memory_dim`` too.
+            takes ``memory_dim`` too; that of a side memory takes its host in place of ``dim``.
         state_size: Whether its state is constant in the length of the context or grows with it.
         compiles: Whether ``torch.compile(fullgraph=True)`` is promised.
         routed: Whether the data decides the shape of its products. What does not depend on each other (the past on the
@@ -82,9 +82,14 @@ def layer_entry(name: str) -> LayerEntry:
 
 
 def create_layer(name: str, dim: int, **overrides: Any) -> nn.Module:
-    """Build a registered layer with its small defaults.
+    """Build a registered layer with its small defaults; a side memory is attached to a ``SwiGLU`` of that width.
 
     Raises:
         ValueError: No such layer, or an argument it refuses.
     """
-    return layer_entry(name).build(dim, **overrides)
+    entry = layer_entry(name)
+    if entry.kind == "side":
+        from memzoo.layers.feedforward import SwiGLU  # which registers itself here
+
+        return entry.build(SwiGLU(dim), **overrides)
+    return entry.build(dim, **overrides)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from memzoo.lit_modules.causal_lm import CausalLMModule
     from memzoo.lit_modules.checkpoint import AtomicCheckpointIO
     from memzoo.lit_modules.data import (
+        BookStreamData,
         ClusteredTextData,
         PhoneBookData,
         RecallData,
@@ -23,10 +24,15 @@ if TYPE_CHECKING:
     from memzoo.lit_modules.memory_figures import MemoryFigure
     from memzoo.lit_modules.mup import MuPlusPlus, coordinate_check
     from memzoo.lit_modules.progress import ProgressBar
+    from memzoo.lit_modules.stream import ChunkScore
+    from memzoo.lit_modules.stream_figures import StreamFigure
+    from memzoo.lit_modules.test_time_training import TestTimeTrainingModule
 
 _HOMES = {
     "AtomicCheckpointIO": "checkpoint",
+    "BookStreamData": "data",
     "CausalLMModule": "causal_lm",
+    "ChunkScore": "stream",
     "ClusteredTextData": "data",
     "GraphMemoryUpkeep": "graph_memory",
     "LossFigure": "callbacks",
@@ -37,7 +43,9 @@ _HOMES = {
     "ProgressBar": "progress",
     "RecallData": "data",
     "SampleText": "callbacks",
+    "StreamFigure": "stream_figures",
     "Summary": "callbacks",
+    "TestTimeTrainingModule": "test_time_training",
     "TextData": "data",
     "Throughput": "callbacks",
     "TopicData": "data",
@@ -47,7 +55,9 @@ _HOMES = {
 
 __all__ = [
     "AtomicCheckpointIO",
+    "BookStreamData",
     "CausalLMModule",
+    "ChunkScore",
     "ClusteredTextData",
     "GraphMemoryUpkeep",
     "LossFigure",
@@ -58,7 +68,9 @@ __all__ = [
     "ProgressBar",
     "RecallData",
     "SampleText",
+    "StreamFigure",
     "Summary",
+    "TestTimeTrainingModule",
     "TextData",
     "Throughput",
     "TopicData",

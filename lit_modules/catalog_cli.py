@@ -87,7 +87,8 @@ def _show_layer(name: str, dim: int = 128) -> None:
     from memzoo.layers.registry import create_layer, layer_entry
 
     entry, layer = layer_entry(name), create_layer(name, dim)
-    built = getattr(layers, name, type(layer))  # some layers are another's class, built by a function of their name
+    # Some layers are another's class, built by a function of their name.
+    built = getattr(layers, name) if name in layers.__all__ else type(layer)
     print(f"{name}: {(inspect.getdoc(built) or '').partition(chr(10))[0]}\n")
     facts = _facts()
     facts.add_row("class", f"{type(layer).__module__}.{type(layer).__name__}")

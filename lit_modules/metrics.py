@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 # Sums of a whole validation are kept in float64; Apple's devices have none.
-_SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
+SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
 
 
 class _TokenMean(Metric):
@@ -19,12 +19,12 @@ class _TokenMean(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=_SUM_DTYPE), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=SUM_DTYPE), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, counted: Tensor) -> None:
         """Add the values at which ``counted`` is True; both of one shape."""
-        self.total += values.to(_SUM_DTYPE).masked_fill(~counted, 0).sum()
+        self.total += values.to(SUM_DTYPE).masked_fill(~counted, 0).sum()
         self.count += counted.sum()
 
     def compute(self) -> Tensor:
@@ -99,6 +99,6 @@ class UnigramEntropy(Metric):
 
     def compute(self) -> Tensor:
         """Return the entropy; 0 if nothing was counted."""
-        frequency = self.counts.to(_SUM_DTYPE) / self.counts.sum().clamp_min(1)
+        frequency = self.counts.to(SUM_DTYPE) / self.counts.sum().clamp_min(1)
         nats: Tensor = torch.special.entr(frequency).sum()
         return nats / math.log(2)

@@ -3,11 +3,15 @@
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar as LightningProgressBar
 from tqdm import tqdm
+
+from memzoo.lit_modules.causal_lm import data_module
+from memzoo.lit_modules.objective import NextTokens
 
 # Logged name -> what the bar calls it, and how it is written.
 _LABELS = {
@@ -15,6 +19,8 @@ _LABELS = {
     "train/bits_per_byte": ("bits/byte", "{:.2f}"),
     "train/tokens_per_second": ("tokens/s", "{:.0f}"),
     "val/bits_per_byte": ("val", "{:.3f}"),  # last: what a narrow terminal cuts off
+    "test/bits_per_byte": ("bits/byte", "{:.3f}"),
+    "test/plain/bits_per_byte": ("plain", "{:.3f}"),
 }
 _BAR = "{desc}|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -38,6 +44,7 @@ class ProgressBar(LightningProgressBar):
         self.bar_seconds = bar_seconds
         self.line_seconds = line_seconds
         self._enabled = True
+        self._counts_tokens = False
         self._bar: tqdm | None = None
         self._close()
 
@@ -156,12 +163,21 @@ class ProgressBar(LightningProgressBar):
             self._close()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open a bar."""
-        self._open("testing", sum(trainer.num_test_batches))
+        """Open a bar, over tokens where the data module has ``test_tokens`` and all of them are asked for."""
+        tokens, limit = getattr(data_module(trainer), "test_tokens", None), trainer.limit_test_batches
+        self._counts_tokens = tokens is not None and isinstance(limit, float) and limit == 1
+        self._open("testing", tokens if self._counts_tokens else sum(trainer.num_test_batches))
 
-    def on_test_batch_end(self, *_: Any) -> None:
-        """Advance."""
-        self._advance(self._done + 1)
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Advance, with the ``note`` that a step may return."""
+        note = outputs.get("note", "") if isinstance(outputs, Mapping) else ""
+        if self._counts_tokens:  # of other devices as many, or what is left
+            done = self._done + int(NextTokens.of(batch).counted.sum()) * trainer.world_size
+            self._advance(min(done, self._total or 0), note)
+        else:
+            self._advance(self._done + 1, note)
 
     def on_test_end(self, *_: Any) -> None:
         """Leave the bar."""

@@ -57,7 +57,7 @@ def layers(page: Path) -> list[str]:
     for name in list_layers():
         entry = layer_entry(name)
         built = built_by(name)
-        state = "none" if entry.kind in ("channel", "reader") else entry.state_size
+        state = "none" if entry.kind in ("channel", "reader", "side") else entry.state_size
         rows.append([code(name), link(page, built), paper(built), summary(built), state, status(entry.skips)])
     return table(["name", "class or function", "paper", "what it is", "state", "status"], rows)
 

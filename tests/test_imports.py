@@ -33,6 +33,7 @@ LAZY = {
     "layers/banks": {"filelock", "safetensors", "xxhash"},
     "layers/stores": {"filelock"},
     "layers": {"safetensors", "sentence_transformers"},
+    "arch": {"transformers"},
 }
 
 

@@ -1,5 +1,6 @@
 """Lightning data modules."""
 
+from memzoo.lit_modules.data.book_stream import BookChunks, BookStreamData
 from memzoo.lit_modules.data.clustered_text import ClusteredTextData
 from memzoo.lit_modules.data.leaf_rows import LeafRows, TreeBucketedSampler
 from memzoo.lit_modules.data.phone_book import PhoneBookData, PhoneBookTask
@@ -9,6 +10,8 @@ from memzoo.lit_modules.data.topic_task import TopicTask
 from memzoo.lit_modules.data.topics import TopicData
 
 __all__ = [
+    "BookChunks",
+    "BookStreamData",
     "ClusteredTextData",
     "LeafRows",
     "PhoneBookData",

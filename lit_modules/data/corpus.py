@@ -14,6 +14,7 @@ PIECE_BYTES = 1 << 20
 NOT_SOURCES = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
 )
+HELP_TEXTS = frozenset({"pydoc_data"})  # prose in tables
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def find_text_files(
         ValueError: Nothing is found, nothing but empty files is found, or a file is not UTF-8 text.
     """
     if paths is None:
-        named = _standard_library()
+        named = _standard_library(argument)
     else:
         found: dict[Path, str] = {}
         for pattern in paths:
@@ -60,6 +61,21 @@ def find_text_files(
         asked = f"{argument}={list(paths or [])!r}"
         raise ValueError(f"{asked} holds no text: {len(files)} file(s), all empty; pass files that are not")
     return files
+
+
+def find_longest_files(count: int) -> list[TextFile]:
+    """Find and fingerprint the longest files of the running Python's standard library, longest first, ties by name.
+
+    They are among its sources, as ``find_text_files(None)`` has them, and the texts of its interactive help.
+
+    Raises:
+        ValueError: It has fewer.
+    """
+    named = _standard_library("books", NOT_SOURCES - HELP_TEXTS)
+    if len(named) < count:
+        raise ValueError(f"num_books={count} is more than the {len(named)} files of the standard library; lower it")
+    longest = sorted(named, key=lambda item: (-item[1].stat().st_size, item[0]))
+    return [_fingerprint(name, path) for name, path in longest[:count]]
 
 
 def read_text(path: Path) -> Iterator[bytes]:
@@ -125,11 +141,13 @@ def _expand(pattern: str, suffixes: Sequence[str] | None, argument: str) -> list
     return files
 
 
-def _standard_library() -> list[tuple[str, Path]]:
+def _standard_library(argument: str, skip: frozenset[str] = NOT_SOURCES) -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = _walk(root, lambda name: name.endswith(".py"), skip=NOT_SOURCES)
+    files = _walk(root, lambda name: name.endswith(".py"), skip=skip)
     if not files:
-        raise ValueError(f"paths=None: this Python keeps no sources of its standard library in {root}; pass paths")
+        raise ValueError(
+            f"{argument}=None: this Python keeps no sources of its standard library in {root}; pass {argument}"
+        )
     return files
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from memzoo.layers.errors import check_positive
-from memzoo.lit_modules.data.corpus import find_text_files
+from memzoo.lit_modules.data.corpus import TextFile, find_text_files
 from memzoo.lit_modules.data.rows import (
     PackedRows,
     ResumableLoader,
@@ -108,7 +108,7 @@ class TextData(pl.LightningDataModule):
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers} is negative; use 0 to load in the main process")
         # Plain strings and lists from here on: checkpoints carry the arguments, and load without unpickling classes.
-        paths, validation_paths, suffixes = _as_list(paths), _as_list(validation_paths), _as_list(suffixes)
+        paths, validation_paths, suffixes = as_list(paths), as_list(validation_paths), as_list(suffixes)
         val_sequence_lengths = list(val_sequence_lengths or ()) or None
         tokenizer, cache_dir = os.fspath(tokenizer), None if cache_dir is None else os.fspath(cache_dir)
         self.save_hyperparameters(logger=False)
@@ -125,7 +125,7 @@ class TextData(pl.LightningDataModule):
         self.cache_dir = _default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self.num_workers = num_workers
         self.seed = seed
-        self._keys: list[str] = []  # the caches' names: of paths, and of validation_paths if given
+        self._keys: list[str] = []  # names of the caches: paths, validation_paths if given, a subclass's own
         self._rows: tuple[TokenRows, dict[int, TokenRows]] | None = None  # for training, for validation by length
 
     @property
@@ -163,12 +163,7 @@ class TextData(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Find the files and tokenise them, unless the cache holds exactly these already. Runs on one process."""
-        files = find_text_files(self.paths, self.suffixes)
-        keys = [prepare_cache(self.cache_dir, files, self.tokenizer)]
-        if self.validation_paths is not None:
-            files = find_text_files(self.validation_paths, self.suffixes, argument="validation_paths")
-            keys.append(prepare_cache(self.cache_dir, files, self.tokenizer))
-        self._use(keys)
+        self._use([prepare_cache(self.cache_dir, files, self.tokenizer) for files in self._find_files()])
 
     def setup(self, stage: str | None = None) -> None:
         """Map the shards and split them. Runs on every process; the others learn from the first what it prepared."""
@@ -206,6 +201,13 @@ class TextData(pl.LightningDataModule):
             return DataLoader(rows, **self._sampled(rows, batch_size))
         return DataLoader(rows, **self._loader_options(batch_size))
 
+    def _find_files(self) -> list[list[TextFile]]:
+        """Return the files of ``paths``, and those of ``validation_paths`` if given."""
+        found = [find_text_files(self.paths, self.suffixes)]
+        if self.validation_paths is not None:
+            found.append(find_text_files(self.validation_paths, self.suffixes, argument="validation_paths"))
+        return found
+
     def _use(self, keys: list[str]) -> None:
         if keys != self._keys:
             self._keys, self._rows = keys, None
@@ -226,12 +228,12 @@ class TextData(pl.LightningDataModule):
 
     def _spans(self) -> tuple[tuple[TokenCache, list[Span]], tuple[TokenCache, list[Span]]]:
         """Return what to train on, in its order, and what to validate on."""
-        caches = [TokenCache(self.cache_dir / key) for key in self._keys]
-        training_cache, validation_cache = caches[0], caches[-1]
+        training_cache = validation_cache = TokenCache(self.cache_dir / self._keys[0])
         if self.validation_paths is None:
             least = self.sequence_length + 1
             training, validation = split_documents(training_cache.documents, self.validation_fraction, least)
         else:
+            validation_cache = TokenCache(self.cache_dir / self._keys[1])
             training, validation = all_spans(training_cache.documents), all_spans(validation_cache.documents)
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(self.seed))
         return (training_cache, [training[i] for i in order.tolist()]), (validation_cache, validation)
@@ -271,7 +273,8 @@ class TextData(pl.LightningDataModule):
         }
 
 
-def _as_list(value: Sequence[PathLike] | PathLike | None) -> list[str] | None:
+def as_list(value: Sequence[PathLike] | PathLike | None) -> list[str] | None:
+    """Return one path or several as plain strings."""
     if value is None:
         return None
     if isinstance(value, str | os.PathLike):

@@ -8,6 +8,7 @@ from benchmark_cases import (
     memory_bank,
     neural_memory,
     recurrence,
+    side_memory,
     state_space,
     titans_mac,
 )
@@ -20,6 +21,7 @@ CASES = [
     *bmojo.CASES,
     *graph_memory.CASES,
     *memory_bank.CASES,
+    *side_memory.CASES,
     *attention.CASES,
     *cuda.CASES,
 ]

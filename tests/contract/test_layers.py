@@ -1,5 +1,6 @@
 """Every registered layer keeps the contract of its kind (docs/contract.md), by default and with other options."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import memzoo.layers  # noqa: F401  (registers the layers)
 from memzoo.layers.registry import layer_entry, list_layers
 from tests.contract.checks import CHECKS, Part, cases
-from tests.contract.checks.core import DIM
+from tests.contract.checks.core import BATCH, DIM
+from tests.contract.checks.side import MERGE
 from tests.contract.example import ExponentialAverage
 from tests.contract.fetched import ReadingAttention, ReadingFeedForward
 
@@ -119,6 +121,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "memory_as_layer": {
         "bare": {"num_persistent_tokens": 0, "qk_norm": True, "memory": MATRIX},
     },
+    "locas": {
+        "drawn": {"rank": 5, "init": "gaussian", "clip": "project", "tau": 0.3},
+        "inputs": {"rank": 4, "init": "activation"},
+    },
+    "temp_lora": {"narrow": {"rank": 3, "alpha": 1.5}},
 }
 # With memories to read, which the registered layers do without: fetched for the rows of every call.
 FETCHED = [
@@ -128,9 +135,12 @@ FETCHED = [
     Part(f"memory_attention+{kind}", "mixer", partial(ReadingAttention, DIM, kind=kind), "grows")
     for kind in ("kv", "lora_qk", "lora_vo")
 ]
+# Of rows with a memory each, the weights can take in one.
+ONE_ROW = {MERGE: "merge(row=...) takes one row's memory, not those of all"}
 PARTS = [EXAMPLE, *FETCHED]
 PARTS += [Part.of(layer_entry(name)) for name in list_layers()]
 PARTS += [Part.of(layer_entry(n), label, **options) for n, sets in VARIANTS.items() for label, options in sets.items()]
+PARTS += [replace(Part.of(layer_entry("locas"), "rows", rank=6, batch_size=BATCH), skips=ONE_ROW)]
 CASES = cases(PARTS)
 
 

@@ -24,6 +24,7 @@ from memzoo.lit_modules import (
 from memzoo.lit_modules.callbacks import summary_line
 from memzoo.lit_modules.checkpoint import check_checkpoint
 from memzoo.lit_modules.cli import main
+from memzoo.lit_modules.data.book_stream import BookChunks
 from memzoo.lit_modules.figures import Curve, loss_figure
 from tests.lit_modules.processes import run_two
 
@@ -120,6 +121,29 @@ def test_no_line_is_shown_before_its_time(data, capsys):
 def test_evaluation_has_a_bar_of_its_own(data, capsys, command, word):
     getattr(trainer(ProgressBar(line_seconds=0)), command)(module(), datamodule=data)
     assert f"{word}" in capsys.readouterr().out
+
+
+def test_a_stream_is_counted_in_tokens(capsys):
+    trainer(ProgressBar(line_seconds=0)).test(lit := StreamModule(), datamodule=Books(), verbose=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" [")[0] for line in lines[:4]] == [f"testing {done}/15" for done in (6, 12, 13, 15)]
+    assert lines[0].endswith(", so far so good]")
+    trainer(ProgressBar(line_seconds=0), limit_test_batches=2).test(lit, datamodule=Books(), verbose=False)
+    assert capsys.readouterr().out.startswith("testing 1/2 ["), "batches, where not all of them are read"
+
+
+class Books(pl.LightningDataModule):
+    """Two streamed books, of 14 and 3 tokens."""
+
+    test_tokens = 15
+
+    def test_dataloader(self):
+        return torch.utils.data.DataLoader(BookChunks([range(14), range(3)], chunk_length=6, window=8))
+
+
+class StreamModule(pl.LightningModule):
+    def test_step(self, batch, batch_idx):
+        return {"note": "so far so good"}
 
 
 def test_a_disabled_bar_is_silent(data, capsys):

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning  # noqa: F401  (its log handler keeps the stream that it is first imported under)
 import pytest
 import torch
 import yaml

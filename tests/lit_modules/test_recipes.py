@@ -30,6 +30,7 @@ TEXT = [name for name in TINY if data_of(name) == "TextData"]
 RECALL = [name for name in TINY if data_of(name) == "RecallData"]
 PHONE_BOOK = [name for name in TINY if data_of(name) == "PhoneBookData"]
 TOPICS = [name for name in TINY if data_of(name) == "TopicData"]
+STREAMS = [name for name in TINY if data_of(name) == "BookStreamData"]
 CLUSTERED = [name for name in TINY if data_of(name) == "ClusteredTextData"]
 SHARDED = [name for name in RECIPES if "strategy" in read(name)["trainer"]]
 LONG = [name for name in TEXT if "val_sequence_lengths" in read(name)["data"]["init_args"]]
@@ -40,20 +41,22 @@ def test_every_recipe_of_the_package_is_found():
     others = [f"bmojo/{name}" for name in ("1b4", "370m", "long_tiny", "mqar_tiny", "tiny")]
     others += [f"gmt/{name}" for name in ("base", "gpt_103m", "gpt_tiny", "tiny")]
     others += [f"hier_memory/{name}" for name in ("160m", "text_tiny", "tiny")]
+    others += ["locas/hf_stream", "locas/stream_tiny"]
     others += ["mamba/mamba2_tiny", "mamba/mamba_tiny", "mom/340m", "mom/mqar_tiny", "mom/tiny"]
     others += [f"sambay/{name}" for name in ("d16", "d8", "phone_book_tiny", "tiny")]
     assert [*others, *titans, "transformer/tiny"] == RECIPES
 
 
 def test_every_tiny_recipe_is_of_a_kind_that_is_tested():
-    assert {*TEXT, *RECALL, *PHONE_BOOK, *TOPICS, *CLUSTERED} == {*TINY}
+    assert {*TEXT, *RECALL, *PHONE_BOOK, *TOPICS, *CLUSTERED, *STREAMS} == {*TINY}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_parses_with_unknown_keys_refused(name, capsys):
     assert main(["fit", "--config", f"{name}.yaml", "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["init_args"]["model"] == read(name)["model"]["init_args"]["model"]
+    model, written = printed["model"]["init_args"]["model"], read(name)["model"]["init_args"]["model"]
+    assert model == written or model["init_args"].items() >= written["init_args"].items()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -61,7 +64,7 @@ def test_a_header_says_what_is_trained_how_to_run_and_override_and_what_to_expec
     header = [line for line in recipe_path(name).read_text().splitlines() if line.startswith("#")]
     assert len(header) >= 4
     assert recipe_summary(name) == header[0].removeprefix("# ")
-    assert f"memzoo fit --config {name}.yaml" in header[1]
+    assert f"memzoo {'test' if name == 'locas/hf_stream' else 'fit'} --config {name}.yaml" in header[1]
     assert "--" in header[2]
     assert any("outcome" in line for line in header)
 
@@ -70,9 +73,12 @@ def test_a_header_says_what_is_trained_how_to_run_and_override_and_what_to_expec
 def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 100)
+    (tmp_path / "book.txt").write_text("def g(y):\n    return y\n" * 20)
     small = ["--data.batch_size", "2"]
-    if name in [*TEXT, *CLUSTERED]:
+    if name in [*TEXT, *CLUSTERED, *STREAMS]:
         small += ["--data.paths", "text.txt", "--data.cache_dir", "cache", "--data.sequence_length", "32"]
+    if name in STREAMS:
+        small += ["--data.books", "book.txt", "--data.max_book_tokens", "300"]
     if name in CLUSTERED:
         small += ["--data.window", "32"]
     if name in TOPICS:

@@ -7,6 +7,7 @@ from torch import nn
 
 from memzoo.arch import CausalLM
 from memzoo.layers import GatedMemoryUnit
+from memzoo.layers.side_memory import SideMemory
 from tests.contract.checks import Part
 from tests.contract.checks.core import DIM
 from tests.contract.example import ExponentialAverage
@@ -22,6 +23,8 @@ def fails(*checks: str, **attributes: Any) -> Callable[[type[nn.Module]], type[n
     def register(cls: type[nn.Module]) -> type[nn.Module]:
         if issubclass(cls, CausalLM):
             part = Part(cls.__name__, "model", cls, vocab_size=VOCAB_SIZE, **attributes)
+        elif issubclass(cls, SideMemory):
+            part = Part(cls.__name__, "side", cls.attach, **attributes)
         else:
             kind = next((kind for base, kind in KINDS.items() if issubclass(cls, base)), "channel")
             part = Part(cls.__name__, kind, lambda: cls(DIM), **attributes)

@@ -7,6 +7,7 @@ which shows that each of them can fail.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -32,8 +33,8 @@ class Part:
 
     Attributes:
         name: As registered.
-        kind: "mixer", "channel", "reader", "model", ...: which checks apply.
-        make: Builds it, small.
+        kind: "mixer", "channel", "reader", "side", "model": which checks apply.
+        make: Builds it, small; of a side memory, ``make(host, **options)`` attaches it.
         state_size: "constant" or "grows" with the context.
         compiles: Whether ``torch.compile(fullgraph=True)`` is promised.
         routed: Whether the data decides the shape of its products; see ``LayerEntry``.
@@ -43,7 +44,7 @@ class Part:
 
     name: str
     kind: str
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     state_size: str = "constant"
     compiles: bool = True
     routed: bool = False
@@ -56,10 +57,11 @@ class Part:
         name = f"{entry.name}+{label}" if label else entry.name
         if entry.kind == "reader":
             options = {"memory_dim": MEMORY_DIM} | options
+        make = partial(entry.build, **options) if entry.kind == "side" else partial(entry.build, DIM, **options)
         return cls(
             name,
             entry.kind,
-            lambda: entry.build(DIM, **options),
+            make,
             entry.state_size,
             entry.compiles,
             entry.routed,

@@ -1,0 +1,121 @@
+"""Benchmarks of side memories: reading a chunk and learning it, beside reading it alone."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from benchmark_cases.case import Case, Variant, Work
+from memzoo.arch import Transformer
+from memzoo.layers import Locas, SwiGLU, TempLoRA
+from memzoo.layers.reference import locas as reference
+from memzoo.layers.side_memory import SideMemory
+
+VOCABULARY, DIM, DEPTH, HIDDEN = 4096, 384, 6, 1024
+WINDOW, CHUNK = 1024, 512
+LOOP_TOKENS, RANK = 4, 64
+ALONE = "scoring alone"
+
+
+def host() -> Transformer:
+    """Build the model that a memory is attached to."""
+    return Transformer(VOCABULARY, DIM, DEPTH, num_heads=6, hidden_dim=HIDDEN).eval()
+
+
+def score_alone() -> Work:
+    """Read a window and take the loss of its chunk."""
+    model, tokens = host().requires_grad_(False), torch.randint(VOCABULARY, (1, WINDOW + 1))
+    return torch.no_grad()(lambda: loss(model, tokens))
+
+
+def loss(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of a window's last tokens."""
+    logits, _ = model(tokens[:, :-1])
+    return F.cross_entropy(logits[0, -CHUNK:], tokens[0, -CHUNK:])
+
+
+def learn(attach: Callable[[Transformer], SideMemory], readings: int = 1) -> Work:
+    """Read a window with a memory, take the loss of its chunk, and update the memory by it."""
+    model, tokens = host(), torch.randint(VOCABULARY, (1, WINDOW + 1))
+    memory = attach(model)
+    if isinstance(memory, Locas):
+        memory.memorize(tokens)
+    optimizer = torch.optim.AdamW(memory.parameters(), lr=1e-3, weight_decay=0.0)
+
+    def work() -> None:
+        for _ in range(readings):
+            loss(model, tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return work
+
+
+def locas(rank: int) -> Work:
+    """Learn with Locas."""
+    return learn(lambda model: Locas.attach(model, rank=rank))
+
+
+def temp_lora(rank: int, readings: int = 1) -> Work:
+    """Learn with TempLoRA, which also reads the chunk again for every further epoch."""
+    return learn(lambda model: TempLoRA.attach(model, rank=rank, dropout=0.0), readings)
+
+
+def beside(tokens: int) -> Work:
+    """A feed-forward with slots beside it."""
+    feed_forward, x = SwiGLU(DIM, hidden_dim=HIDDEN), torch.randn(1, tokens, DIM)
+    memory = Locas.attach(feed_forward, rank=RANK, init="gaussian")
+    memory.memorize(x)
+    return torch.no_grad()(lambda: feed_forward(x))
+
+
+def plain(tokens: int) -> Work:
+    """The same without."""
+    feed_forward, x = SwiGLU(DIM, hidden_dim=HIDDEN), torch.randn(1, tokens, DIM)
+    return torch.no_grad()(lambda: feed_forward(x))
+
+
+def loop(tokens: int) -> Work:
+    """The same as the loop over tokens and slots."""
+    feed_forward, x = SwiGLU(DIM, hidden_dim=HIDDEN), torch.randn(1, tokens, DIM)
+    gate, key, value = torch.randn(3, RANK, DIM)
+    tau = reference.slot_scale(feed_forward.down.weight, RANK)
+
+    @torch.no_grad()
+    def work() -> None:
+        feed_forward(x) + reference.side_feed_forward(x, gate, key, value, F.silu, tau)
+
+    return work
+
+
+CASES = [
+    Case(
+        "side_memory_stream",
+        "side_memory",
+        f"Reading a window of {WINDOW} tokens and learning its last {CHUNK}: {DEPTH} blocks of width {DIM}",
+        [
+            Variant("memzoo Locas, rank 16", lambda: locas(16), CHUNK),
+            Variant("memzoo Locas, rank 64", lambda: locas(64), CHUNK),
+            Variant("memzoo TempLoRA, rank 16", lambda: temp_lora(16), CHUNK),
+            Variant("memzoo TempLoRA, rank 64", lambda: temp_lora(64), CHUNK),
+            Variant("memzoo TempLoRA, rank 64, read again twice", lambda: temp_lora(64, 3), CHUNK),
+            Variant(ALONE, score_alone, CHUNK),
+        ],
+        note="Tokens are those of the chunk. By arithmetic the backward pass of a frozen model costs as much as its "
+        "forward pass, so that learning takes twice as long as scoring. Temp-LoRA's script scores a chunk and then "
+        "trains two epochs on it: three readings.",
+        targets={ALONE: 1 / 2.2},
+    ),
+    Case(
+        "side_memory_read",
+        "side_memory",
+        f"A feed-forward of width {DIM} with {HIDDEN} slots, and {RANK} beside it, in evaluation",
+        [
+            Variant("memzoo Locas", lambda: beside(WINDOW), WINDOW),
+            Variant("the feed-forward alone", lambda: plain(WINDOW), WINDOW),
+            Variant(f"memzoo reference loop, {LOOP_TOKENS} tokens", lambda: loop(LOOP_TOKENS), LOOP_TOKENS),
+        ],
+        note=f"By arithmetic the slots cost {RANK / HIDDEN:.0%} of the feed-forward.",
+        has_memory=False,
+    ),
+]
