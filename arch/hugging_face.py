@@ -65,6 +65,7 @@ class HuggingFaceLM(nn.Module):
     Attributes:
         model: The model of transformers.
         vocab_size: Number of token ids.
+        context: Number of positions that it has learned embeddings of, as GPT-2 has; None if it computes them.
 
     Shape:
         tokens: (batch, time) integers, time >= 1. mask: (batch, time). Returns logits (batch, time, vocab_size) and
@@ -119,7 +120,7 @@ class HuggingFaceLM(nn.Module):
         layers = _empty_cache(config).layers
         self._depth = len(layers)
         self._slides = any(getattr(layer, "is_sliding", False) for layer in layers)
-        self._positions = _position_table(model)
+        self.context = _position_table(model)
 
     def num_parameters(self) -> int:
         """Return the number of parameters, tied ones once."""
@@ -274,7 +275,7 @@ class HuggingFaceLM(nn.Module):
 
     def _check_places(self, real: Tensor) -> None:
         """Check the real tokens of the past and the call."""
-        limit = self._positions
+        limit = self.context
         if limit is not None and real.shape[1] > limit:
             raise ValueError(
                 f"tokens reach position {real.shape[1]}, but the model has a table of {limit}; read shorter pieces, "

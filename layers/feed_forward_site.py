@@ -4,13 +4,15 @@ A feed-forward is a soft table of slots: ``FFN(x) = sum_j act(<x, gate_j>) <x, u
 ``sum_j act(<x, up_j>) down_j``. Memories that are attached to a host read its slots and lay their own beside them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from memzoo.layers.side_wrapper import unwrap
 
 WIDTHS = ("intermediate_size", "memory_dim")  # what hosts call the number of slots, on a feed-forward
 
@@ -37,6 +39,21 @@ class Parts:
     def fused(self) -> bool:
         """Whether gate and up are one matrix."""
         return self.gate == self.up
+
+
+@dataclass(frozen=True, eq=False)
+class Resized:
+    """A linear layer with matrices of another size, which it does not have yet.
+
+    Attributes:
+        layer: ``nn.Linear`` or ``Conv1D``.
+        weight: As the layer keeps it.
+        bias: None if it stays what it is.
+    """
+
+    layer: Any
+    weight: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,39 +146,63 @@ class FeedForwardSite:
         Shape:
             up, gate: (slots, dim). down: (dim, slots). up_bias, gate_bias: (slots,), zeros by default.
         """
+        self.assign(self.appended(up, down, gate=gate, up_bias=up_bias, gate_bias=gate_bias))
+
+    @torch.no_grad()
+    def appended(
+        self,
+        up: Tensor,
+        down: Tensor,
+        *,
+        gate: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        gate_bias: Tensor | None = None,
+    ) -> list[Resized]:
+        """Return what ``append`` assigns to the layers; nothing is changed."""
         sides = [(up, up_bias)]
         if gate is not None and self.parts.fused:
             sides = [(gate, gate_bias), (up, up_bias)] if self.parts.gate_first else [(up, up_bias), (gate, gate_bias)]
-        elif gate is not None:
-            _grow(self._layer(str(self.parts.gate)), [(gate, gate_bias)])
-        _grow(self._layer(self.parts.up), sides)
-        _assign(self.down, torch.cat([self.down_weight, down.to(self.down_weight)], 1), self.down.bias)
-        self._say_width(self.width)
+        wider = [_grown(self._layer(self.parts.up), sides)]
+        if gate is not None and not self.parts.fused:
+            wider.append(_grown(self._layer(str(self.parts.gate)), [(gate, gate_bias)]))
+        read = torch.cat([self.down_weight, down.to(self.down_weight)], 1)
+        return [*wider, _resized(self.down, read, None)]
 
-    @torch.no_grad()
     def remove(self, slots: int) -> None:
         """Take the last slots off again: what is left is what it was before ``append``, to the bit."""
-        left = self.width - slots
+        self.assign(self.removed(slots))
+
+    @torch.no_grad()
+    def removed(self, slots: int) -> list[Resized]:
+        """Return what ``remove`` assigns to the layers; nothing is changed."""
+        left, narrower = self.width - slots, []
         for name in dict.fromkeys(filter(None, (self.parts.gate, self.parts.up))):
             layer, pieces = self._layer(name), 2 if self.parts.fused else 1
             weight = torch.cat([piece[:left] for piece in matrix_of(layer).chunk(pieces)])
             bias = None if layer.bias is None else torch.cat([piece[:left] for piece in layer.bias.chunk(pieces)])
-            _assign(layer, weight, bias)
-        _assign(self.down, self.down_weight[:, :left], self.down.bias)
-        self._say_width(left)
+            narrower.append(_resized(layer, weight, bias))
+        return [*narrower, _resized(self.down, self.down_weight[:, :left], None)]
+
+    def assign(self, layers: Sequence[Resized]) -> None:
+        """Give the layers other sizes. Gradients of the old ones are forgotten."""
+        for resized in layers:
+            _assign(resized)
+        for name in WIDTHS:
+            if isinstance(getattr(self.module, name, None), int):
+                setattr(self.module, name, self.width)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Its linear layers."""
+        return [self._layer(n) for n in dict.fromkeys((self.parts.gate, self.parts.up, self.parts.down)) if n]
 
     def _layer(self, name: str) -> Any:
-        return getattr(self.module, name)
+        return unwrap(getattr(self.module, name))
 
     def _half(self, tensor: Tensor, *, gate: bool) -> Tensor:
         if not self.parts.fused:
             return tensor
         return tensor.chunk(2)[0 if gate == self.parts.gate_first else 1]
-
-    def _say_width(self, width: int) -> None:
-        for name in WIDTHS:
-            if isinstance(getattr(self.module, name, None), int):
-                setattr(self.module, name, width)
 
 
 # Matrices
@@ -173,9 +214,13 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether it is ``nn.Linear`` or ``Conv1D`` itself, of floating-point numbers: not quantised, not parametrised."""
-    plain = type(layer) is nn.Linear or is_conv1d(layer)
-    return plain and isinstance(weight := layer.weight, nn.Parameter) and weight.is_floating_point()
+    """Whether it is ``nn.Linear`` or ``Conv1D`` itself, of a tensor of floating-point numbers and no subclass.
+
+    Layers that are quantised, sharded or parametrised are not.
+    """
+    if not (type(layer) is nn.Linear or is_conv1d(layer)) or not isinstance(weight := layer.weight, nn.Parameter):
+        return False
+    return type(weight.data) is Tensor and weight.is_floating_point()
 
 
 def matrix_of(layer: Any) -> Tensor:
@@ -184,7 +229,7 @@ def matrix_of(layer: Any) -> Tensor:
     return weight.T if is_conv1d(layer) else weight
 
 
-def _grow(layer: Any, sides: list[tuple[Tensor, Tensor | None]]) -> None:
+def _grown(layer: Any, sides: list[tuple[Tensor, Tensor | None]]) -> Resized:
     """Append rows to a matrix, or to each half of one."""
     weights, biases = [], []
     for old, (rows, _) in zip(matrix_of(layer).chunk(len(sides)), sides, strict=True):
@@ -192,15 +237,21 @@ def _grow(layer: Any, sides: list[tuple[Tensor, Tensor | None]]) -> None:
     if layer.bias is not None:
         for old, (rows, bias) in zip(layer.bias.chunk(len(sides)), sides, strict=True):
             biases += [old, old.new_zeros(len(rows)) if bias is None else bias.to(old)]
-    _assign(layer, torch.cat(weights), torch.cat(biases) if biases else None)
+    return _resized(layer, torch.cat(weights), torch.cat(biases) if biases else None)
 
 
-def _assign(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a layer a matrix (out, in) of another size, in the parameters that it has."""
-    layer.weight.data = (weight.T if is_conv1d(layer) else weight).contiguous()
-    if bias is not None and bias is not layer.bias:
-        layer.bias.data = bias.contiguous()
-    names = ("nf", "nx") if is_conv1d(layer) else ("out_features", "in_features")
-    for name, size in zip(names, weight.shape, strict=True):
+def _resized(layer: Any, weight: Tensor, bias: Tensor | None) -> Resized:
+    """Return what becomes of a layer, from a matrix (out, in)."""
+    return Resized(layer, (weight.T if is_conv1d(layer) else weight).contiguous(), bias)
+
+
+def _assign(resized: Resized) -> None:
+    """Give a layer matrices of another size, in the parameters that it has."""
+    layer = resized.layer
+    layer.weight.data, layer.weight.grad = resized.weight, None
+    if resized.bias is not None:
+        layer.bias.data, layer.bias.grad = resized.bias, None
+    names = ("nx", "nf") if is_conv1d(layer) else ("out_features", "in_features")
+    for name, size in zip(names, resized.weight.shape, strict=True):
         if hasattr(layer, name):
             setattr(layer, name, size)

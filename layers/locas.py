@@ -7,8 +7,10 @@ or made part of the host's.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, Self, cast, get_args
 
 import torch
@@ -17,14 +19,15 @@ from torch import Tensor, nn
 from memzoo.layers.errors import check_choice, check_number, check_positive
 from memzoo.layers.feed_forward_site import FeedForwardSite
 from memzoo.layers.locas_fill import Filling
-from memzoo.layers.locas_init import CLONES, Init, LogLikelihood, next_token_log_likelihood
+from memzoo.layers.locas_init import Init, LogLikelihood, check_clones, fingerprint, slot_scale
 from memzoo.layers.locas_merge import AppendedSlots, append_slots
-from memzoo.layers.nonlinear_svd import nonlinear_svd
-from memzoo.layers.ops.precision import wider
 from memzoo.layers.registry import register_layer
-from memzoo.layers.side_memory import Run, SideMemory
-from memzoo.layers.side_slots import WRITTEN, Clip, SideSlots
+from memzoo.layers.side_memory import Run, SideMemory, check_seed
+from memzoo.layers.side_slots import Clip, SideSlots
 from memzoo.layers.sites import find_feed_forwards
+
+_ROWS: ContextVar[Mapping["Locas", Tensor]] = ContextVar("memzoo.locas_rows", default=MappingProxyType({}))
+"""Whose memory each row reads, in this thread or task; only ``Locas.rows`` sets it."""
 
 
 class Locas(SideMemory):
@@ -35,13 +38,14 @@ class Locas(SideMemory):
     ``2 * rank * dim`` another, and ``rank`` more for every bias of the host's slots. Until it has learnt something, the
     host's outputs are what they were, to the bit, but with ``init="gradient"``.
 
-    What is read of a slot is at most one long, whatever the parameters are: it bounds how far a memory moves the host.
+    What is read of a slot's vectors is at most one long, which bounds how far a memory moves the host; not its biases,
+    and with ``clip="project"`` only from one ``constrain()`` to the next step of the optimiser.
 
     Attributes:
         slots: The slots of each site, in the order of ``sites``.
 
     Shape:
-        A host's feed-forward reads (batch, ..., dim).
+        A host's feed-forward reads (batch, ..., dim), or (tokens, dim) where all rows share a memory.
 
     Reference:
         Lu et al., arXiv 2602.05085. Slots are rows here. The optimiser, its steps and the chunks of text are the
@@ -83,7 +87,7 @@ class Locas(SideMemory):
             SideSlots(
                 rank,
                 site.dim,
-                slot_scale(site, rank) if tau is None else torch.tensor(tau, dtype=torch.float64),
+                slot_scale(site, rank) if tau is None else torch.tensor(tau, dtype=torch.float64, device="cpu"),
                 activation=site.activation,
                 gated=site.gated,
                 biases=tuple(n for n, b in (("key", site.up_bias), ("gate", site.gate_bias)) if b is not None),
@@ -138,20 +142,47 @@ class Locas(SideMemory):
             check_positive("batch_size", batch_size)
         if tau is not None:
             check_number("tau", tau)
+        check_seed(seed)
         found = find_feed_forwards(model, sites)
         for name, site in found.items():
-            _check_clones(init, rank, site)
+            check_clones(init, rank, site)
             if init == "gradient" and site.gated:
                 raise ValueError(
                     f"init='gradient' is for feed-forwards without a gate, and {name!r} has one; use 'topk'"
                 )
         options = dict(rank=rank, init=init, batch_size=batch_size, clip=clip, tau=tau, seed=seed, wrap=wrap)
-        return cls(model, found, **options)  # type: ignore[arg-type]
+        return cls(model, found, **options)._install()  # type: ignore[arg-type]
 
     def beside(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """Return ``y + tau * S(x)``."""
-        result: Tensor = self.slots[index](x, y)
-        return result
+        rows = None if self.batch_size is None else _ROWS.get().get(self)
+        return cast(Tensor, self.slots[index](x, y, rows))
+
+    @contextmanager
+    def rows(self, index: Tensor) -> Iterator[Self]:
+        """Let each row of the batch read the memory that is named, in the calls of this thread inside.
+
+        ``with memory.rows(torch.arange(n).repeat_interleave(copies))`` is for what repeats rows, as ``generate`` of
+        transformers does for beams. Outside of it the batch has ``batch_size`` rows, each with its own.
+
+        Args:
+            index: Which of the memories each row reads, (batch,) int64.
+
+        Raises:
+            ValueError: All rows share one memory, or ``index`` is not (batch,) int64 in range.
+        """
+        if self.batch_size is None:
+            raise ValueError("rows() of one memory that all rows share, batch_size=None; call the host without it")
+        if index.dim() != 1 or index.dtype != torch.int64 or not bool(((index >= 0) & (index < self.batch_size)).all()):
+            raise ValueError(
+                f"index={index.tolist()} of {index.dtype} does not name memories; pass (batch,) int64 from 0, below "
+                f"batch_size={self.batch_size}"
+            )
+        token = _ROWS.set({**_ROWS.get(), self: index.clone()})
+        try:
+            yield self
+        finally:
+            _ROWS.reset(token)
 
     @property
     def free(self) -> int:
@@ -174,22 +205,22 @@ class Locas(SideMemory):
             inputs: What the host reads: tokens, images.
             mask: Which of what the feed-forwards read counts; all by default. Padding must not.
             run: Calls the host, ``run(inputs)``; by default ``host(inputs)``. Needed for further arguments, such as an
-                attention mask.
+                attention mask. It may call it in pieces if there is no mask, but for "gradient"; other threads' calls
+                do not count.
             log_likelihood: For "gradient", as in ``write``.
 
         Shape:
-            inputs: (batch, ...). mask: (batch, tokens) bool.
+            inputs: (batch, ...). mask: (batch, tokens), bool or integers.
 
         Raises:
-            ValueError: No slot is empty, the batch is not of ``batch_size`` rows, ``mask`` does not fit or a row of it
-                counts nothing, the host does not call a site, or there are too few tokens.
+            ValueError: No slot is empty, the batch is empty or not of ``batch_size`` rows, ``mask`` does not fit or a
+                row of it counts nothing, the host does not call a site, or there are too few tokens.
         """
         self._check_use("memorize")
-        count = self._check_free(inputs, mask, 1, "reset() empties them, expand() adds some")
         filling = self._filling(inputs, mask, run)
+        count = self._check_free(1, "reset() empties them, expand() adds some")
         if self.init == "gradient":
-            likelihood = log_likelihood or partial(next_token_log_likelihood, mask=mask)
-            filling.write(count, lambda output: likelihood(output, inputs))
+            filling.write(count, log_likelihood)
         elif self.init == "gaussian":
             filling.draw(count, self.seed)
         elif self.init == "activation":
@@ -215,7 +246,8 @@ class Locas(SideMemory):
 
         Args:
             inputs: As in ``memorize``, and so ``mask`` and ``run``.
-            mask: Which tokens to write.
+            mask: Which tokens are text: they are written, and no other's likelihood counts, but with a
+                ``log_likelihood`` of yours.
             run: Calls the host.
             log_likelihood: ``log_likelihood(output, inputs)`` of every token (batch, tokens), from what the host
                 returns; by default that of the next token, of a language model.
@@ -230,11 +262,9 @@ class Locas(SideMemory):
         check_number("eps", eps)
         if any(slots.gate is not None for slots in self._slots()):
             raise ValueError("write() is for feed-forwards without a gate, and the host's have one; use memorize()")
-        likelihood, filling = log_likelihood or next_token_log_likelihood, self._filling(inputs, mask, run)
-        remedy = "expand() adds some, compress() makes room"
-        filling.write(
-            lambda number: min(number, self._check_free(inputs, mask, number, remedy)),
-            lambda output: likelihood(output, inputs),
+        self._filling(inputs, mask, run).write(
+            lambda number: min(number, self._check_free(number, "expand() adds some, compress() makes room")),
+            log_likelihood,
             eps=eps,
             per_token=per_token,
         )
@@ -257,9 +287,7 @@ class Locas(SideMemory):
         check_positive("count", count)
         needed = count * (2 if both_signs else 1)
         for name, slots in zip(self.sites, self._slots(), strict=True):
-            probe = torch.tensor([-1.0, 0.0, 2.0], device=slots.rows.device)
-            is_relu = torch.equal(slots.activation(probe), probe.relu())
-            if slots.gate is not None or not is_relu or (slots.key_bias is not None and bool(slots.key_bias.any())):
+            if not slots.is_relu:
                 raise ValueError(
                     f"compress() is for slots relu(x K^T) V, and those of {name!r} have a gate, a bias or another "
                     f"activation; use a lower rank instead"
@@ -267,15 +295,7 @@ class Locas(SideMemory):
             if needed > slots.slots:
                 raise ValueError(f"count={count} needs {needed} slots, and there are {slots.slots}; lower count")
         for slots in self._slots():
-            read, filled = slots.effective(), slots.filled
-            keys, values = nonlinear_svd(
-                read["key"].detach()[..., :filled, :],
-                read["value"].detach()[..., :filled, :],
-                count,
-                both_signs=both_signs,
-            )
-            slots.clear()
-            slots.fill(slots.rows.new_full(keys.shape[:-1], WRITTEN), key=keys, value=values)
+            slots.compress(count, both_signs=both_signs)
 
     def expand(self, extra: int) -> None:
         """Add empty slots to every site, for ``memorize`` or ``write`` to fill.
@@ -286,12 +306,12 @@ class Locas(SideMemory):
         self._check_use("expand")
         check_positive("extra", extra)
         for slots, site in zip(self._slots(), self._feed_forwards.values(), strict=True):
-            _check_clones(self.init, slots.slots + extra, site)
+            check_clones(self.init, slots.slots + extra, site)
         for slots in self._slots():
             slots.expand(extra)
 
     def reset(self) -> None:
-        """Empty all slots."""
+        """Empty all slots; how many there are and ``tau`` stay, which are those of attaching but for ``expand``."""
         self._check_use("reset")
         for slots in self._slots():
             slots.clear()
@@ -307,15 +327,15 @@ class Locas(SideMemory):
     def merge(self, *, row: int | None = None, multiple_of: int = 1) -> None:
         """Append the slots to the host's feed-forwards, which then need nothing beside them.
 
-        Equal to the slots beside them up to rounding. Other feed-forwards of the host as wide as these get as many
-        slots of zeros, as a host's configuration knows one width, which is set too.
+        Equal to the slots beside them up to rounding. Others as wide as these get as many slots of zeros, as a host's
+        configuration knows one width, which is set too. Optimisers of the host's parameters must be made anew.
 
         Args:
             row: Whose memory, where each row of the batch has its own.
             multiple_of: Append slots of zeros until the width is a multiple of this, as fast kernels want it.
 
         Raises:
-            ValueError: It is merged already, was detached, or ``row`` is missing, unwanted or out of range.
+            ValueError: ``row`` is missing, unwanted or out of range; or as ``append_slots`` and ``SideMemory.merge``.
         """
         check_positive("multiple_of", multiple_of)
         if (row is None) != (self.batch_size is None):
@@ -341,17 +361,21 @@ class Locas(SideMemory):
         return list(self.slots)  # type: ignore[arg-type]
 
     def _filling(self, inputs: Tensor, mask: Tensor | None, run: Run | None) -> Filling:
-        return Filling(self._feed_forwards, self._slots(), self.batch_size, mask, lambda: (run or self.host)(inputs))
+        return Filling(self._feed_forwards, self._slots(), self.batch_size, inputs, mask, run or self.host)
 
     def _describe(self) -> dict[str, Any]:
         return {
             "sites": list(self.sites),
             "sizes": self._sizes,
             "gated": [site.gated for site in self._feed_forwards.values()],
+            "activation": [fingerprint(site.activation) for site in self._feed_forwards.values()],
             "rank": self._slots()[0].slots,
             "batch_size": self.batch_size,
             "clip": self._slots()[0].clip,
         }
+
+    def _part(self, index: int) -> Iterable[Tensor]:
+        return cast(Iterable[Tensor], self.slots[index].state_dict(keep_vars=True).values())
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         for index, slots in enumerate(self._slots()):
@@ -364,30 +388,10 @@ class Locas(SideMemory):
                 )
         super()._take(tensors)
 
-    def _check_free(self, inputs: Tensor, mask: Tensor | None, needed: int, remedy: str) -> int:
-        if self.batch_size not in (None, len(inputs)):
-            raise ValueError(
-                f"inputs has {len(inputs)} rows, and there are memories for batch_size={self.batch_size}; pass as many"
-            )
-        if mask is not None and not bool(mask.flatten(1).any(1).all()):
-            raise ValueError("mask counts nothing in one of its rows; leave the row out")
-        if (free := self.free) < needed:
-            raise ValueError(f"{needed} empty slots are needed, and {free} are left; {remedy}")
-        return free
-
-
-def _check_clones(init: Init, rank: int, site: FeedForwardSite) -> None:
-    if init in CLONES and rank > site.width:
-        raise ValueError(
-            f"rank={rank} is more than the {site.width} slots of site {site.name!r}, of which they are to be clones; "
-            f"use a lower rank, or init='gaussian'"
-        )
-
-
-def slot_scale(site: FeedForwardSite, rank: int) -> Tensor:
-    """Return tau of as many slots: the mean length of what the host's slots return, over ``rank``."""
-    lengths: Tensor = torch.linalg.vector_norm(wider(site.down_weight.detach()), dim=0)
-    return lengths.mean() / rank
+    def _check_free(self, needed: int, remedy: str) -> int:
+        if self.free < needed:
+            raise ValueError(f"{needed} empty slots are needed, and {self.free} are left; {remedy}")
+        return self.free
 
 
 @register_layer("locas", "side")

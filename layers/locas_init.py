@@ -3,6 +3,8 @@
 Equations of section 3 of Lu et al., arXiv 2602.05085.
 """
 
+import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -21,32 +23,41 @@ LogLikelihood = Callable[[Any, Tensor], Tensor]
 
 
 @contextmanager
-def recording(sites: Mapping[str, FeedForwardSite], part: Literal["input", "hidden", "output"]) -> Iterator[list[Any]]:
-    """Keep what every feed-forward reads, multiplies its slots with, or returns in the call of the host inside.
+def recording(
+    sites: Mapping[str, FeedForwardSite],
+    part: Literal["input", "hidden", "output"],
+    keep: Callable[[str, Tensor], None],
+) -> Iterator[None]:
+    """Show what every feed-forward reads, multiplies its slots with, or returns in the calls of the host inside.
 
     Outputs are made to have a gradient, if none of what they come from has one.
 
-    Yields a list that holds a tensor (batch, ..., width) for every site once the host was called, None for one that it
-    did not call.
+    Args:
+        sites: The feed-forwards.
+        part: Of them.
+        keep: ``keep(site, tensor)``, called for every call of a site by this thread.
     """
-    seen: list[Any] = [None] * len(sites)
+    thread = threading.get_ident()
 
-    def keep(index: int, argument: str) -> Callable[..., None]:
+    def watch(name: str, argument: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, keywords: Mapping[str, Any], *output: Any) -> None:
-            read = inputs[0] if inputs else keywords[argument]
-            seen[index] = read if part != "output" else _first(output[0])
-            if part == "output" and not seen[index].requires_grad:
-                seen[index].requires_grad_()
+            tensor = inputs[0] if inputs else keywords[argument]
+            if part == "output":
+                tensor = _first(output[0])
+                if torch.is_grad_enabled() and not tensor.requires_grad:
+                    tensor.requires_grad_()
+            if threading.get_ident() == thread:
+                keep(name, tensor)
 
         return hook
 
     handles = []
-    for index, site in enumerate(sites.values()):
+    for name, site in sites.items():
         module = site.down if part == "hidden" else site.module
         register = module.register_forward_hook if part == "output" else module.register_forward_pre_hook
-        handles.append(register(keep(index, first_input(site.name, module)), with_kwargs=True))
+        handles.append(register(watch(name, first_input(name, module)), with_kwargs=True))
     try:
-        yield seen
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -56,16 +67,14 @@ def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def importance(hidden: Tensor, mask: Tensor | None, *, per_row: bool) -> Tensor:
-    """Return how much every slot of the host was used: the mean of ``|M|`` over the tokens that count.
+def usage(hidden: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of ``|M|`` over the tokens that count, for every slot of the host, and their number.
 
     Shape:
-        hidden: (batch, ..., width). mask: (batch, ...), or None if all count. Returns (width,), or (batch, width).
+        hidden: (rows, tokens, width). counted: (rows, tokens) bool. Returns (rows, width) and (rows, 1).
     """
-    used = wider(hidden.abs()).flatten(1, -2)
-    counted = used.new_ones(used.shape[:2]) if mask is None else mask.flatten(1).to(used)
-    total, number = torch.einsum("btw,bt->bw", used, counted), counted.sum(1, keepdim=True)
-    return total / number if per_row else total.sum(0) / number.sum()
+    used = wider(hidden.abs()).where(counted[..., None], 0)
+    return used.sum(1), counted.sum(1, keepdim=True)
 
 
 def choose(score: Tensor, count: int, taken: Tensor, *, least: bool = False) -> Tensor:
@@ -123,6 +132,35 @@ def spread(mask: Tensor, count: int, name: str) -> Tensor:
     return order.gather(1, wanted)
 
 
+def check_clones(init: Init, rank: int, site: FeedForwardSite) -> None:
+    """Require that a feed-forward has as many slots as are to be clones of them.
+
+    Raises:
+        ValueError: It has fewer.
+    """
+    if init in CLONES and rank > site.width:
+        raise ValueError(
+            f"rank={rank} is more than the {site.width} slots of site {site.name!r}, of which they are to be clones; "
+            f"use a lower rank, or init='gaussian'"
+        )
+
+
+def slot_scale(site: FeedForwardSite, rank: int) -> Tensor:
+    """Return tau of as many slots: the mean length of what the host's slots return, over ``rank``."""
+    lengths: Tensor = torch.linalg.vector_norm(wider(site.down_weight.detach()), dim=0)
+    return lengths.mean() / rank
+
+
+def fingerprint(activation: Callable[[Tensor], Tensor]) -> list[float]:
+    """Return a few values of an activation, which tell it from others, wherever it runs."""
+    function = activation
+    if isinstance(activation, nn.Module):  # which may have numbers of its own
+        function = copy.deepcopy(activation).to("cpu", torch.float64)
+    x = torch.tensor([-40.0, -7.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 7.0, 40.0], dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        return [round(value, 4) for value in function(x).tolist()]
+
+
 def next_token_log_likelihood(output: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the log-likelihood of the token after each, of a language model's output; 0 for the last.
 
@@ -138,7 +176,9 @@ def next_token_log_likelihood(output: Any, tokens: Tensor, mask: Tensor | None =
     targets = tokens[:, 1:]
     losses = F.cross_entropy(wider(logits[:, :-1]).flatten(0, 1), targets.flatten(), reduction="none")
     likelihood = -losses.view_as(targets)
-    return F.pad(likelihood if mask is None else likelihood.where(mask[:, 1:].to(likelihood.device), 0), (0, 1))
+    if mask is not None:
+        likelihood = likelihood.where(mask[:, 1:].to(likelihood.device, torch.bool), 0)
+    return F.pad(likelihood, (0, 1))
 
 
 def output_gradients(outputs: list[Tensor], likelihood: Tensor, *, per_token: bool) -> list[Tensor]:
@@ -147,21 +187,33 @@ def output_gradients(outputs: list[Tensor], likelihood: Tensor, *, per_token: bo
     The length of a token's is taken over all sites together (equation of Locas-MLP's values).
 
     Args:
-        outputs: Of every site, (batch, time, dim), that ``likelihood`` was computed from.
+        outputs: Of every site, (batch, ..., dim) or (batch * time, dim), that ``likelihood`` was computed from.
         likelihood: (batch, time).
         per_token: Take each token's own log-likelihood, a backward pass for each, and not the sum of all, in which a
             token has a part in what it does for later ones.
+
+    Shape:
+        Returns (batch * time, dim) for every site.
+
+    Raises:
+        ValueError: ``per_token``, and the likelihood is not of as many tokens as a site returned.
     """
     if per_token:
-        gradients = [torch.zeros_like(output) for output in outputs]
+        for output in outputs:
+            if (tokens := output.shape[:-1].numel()) != likelihood.numel():
+                raise ValueError(
+                    f"log_likelihood returned {tuple(likelihood.shape)} for {tokens} tokens that a feed-forward "
+                    f"returned; per_token=True needs (batch, tokens)"
+                )
+        gradients = [output.new_zeros(*likelihood.shape, output.shape[-1]) for output in outputs]
         for time in range(likelihood.shape[1]):
             own = torch.autograd.grad(likelihood[:, time].sum(), outputs, retain_graph=True, allow_unused=True)
             for gradient, piece in zip(gradients, own, strict=True):
                 if piece is not None:
-                    gradient[:, time] = piece[:, time]
+                    gradient[:, time] = piece.reshape(gradient.shape)[:, time]
     else:
         gradients = list(torch.autograd.grad(likelihood.sum(), outputs))
-    gradients = [wider(gradient) for gradient in gradients]
+    gradients = [wider(gradient.flatten(0, -2)) for gradient in gradients]
     squares = cast(Tensor, sum(gradient.square().sum(-1, keepdim=True) for gradient in gradients))
     length = squares.sqrt()
     return [torch.where(length > 0, gradient / length, 0) for gradient in gradients]

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from memzoo.layers.side_record import add_memory, drop_memory, record_of
+from memzoo.layers.side_wrapper import Wrapper, unwrap
 from memzoo.layers.sites import first_input
 
 Run = Callable[[Tensor], Any]
@@ -20,14 +22,18 @@ Run = Callable[[Tensor], Any]
 class SideMemory(nn.Module):
     """Memories beside modules of a host, which stays what it is: its names, its ``state_dict``, its numbers.
 
-    Subclasses have a class method ``attach(host, ...)`` and say in ``beside`` what becomes of a module's output. While
-    a memory is attached, enabled and not merged, calls of the host include it; otherwise they are what they were, to
-    the bit. Its parameters are its own: none of them is among the host's. Attaching freezes the host, ``detach`` gives
-    its parameters back the flags they had.
+    Subclasses have a class method ``attach(host, ...)``, which ends with ``_install()``, and say in ``beside`` what
+    becomes of a module's output. While a memory is attached, enabled and not merged, calls of the host include it;
+    otherwise they are what they were, to the bit. Its parameters are its own: none of them is among the host's.
+    Attaching freezes the host; when its last memory is detached, its parameters get back the flags they had.
 
     A host can have several; beside one module they act in the order in which they were attached, those in wrappers
-    last. Detach the last one first, as each gives back the flags that it found. ``copy.deepcopy`` of a host copies its
-    memories with it: copy ``(host, memory)`` together to have both.
+    last. They are detached in any order. What is merged is a stack: only the last is unmerged. A part of a host that is
+    given memories of its own is another host: detach those first that were attached last.
+
+    ``copy.deepcopy`` of a host copies its memories with it, that of a memory its host: copy ``(host, memory)`` together
+    to have both. ``nn.DataParallel`` is not supported, as its replicas of a host would share one memory; use
+    distributed data parallelism.
 
     Args:
         host: The model.
@@ -42,33 +48,38 @@ class SideMemory(nn.Module):
         sites: Names of the modules.
 
     Raises:
-        ValueError: A site cannot be wrapped, as it is so already, is at several places, or is the host itself; or what
-            it reads is not known.
+        ValueError: A site cannot be wrapped, as it is so already, is at several places, or is the host itself; what it
+            reads is not known; or it is called inside of ``torch.inference_mode``. The host is left as it was.
     """
 
     host: nn.Module
     sites: tuple[str, ...]
 
     def __init__(self, host: nn.Module, sites: Mapping[str, nn.Module], *, wrap: bool = False) -> None:
+        self._check_inference("attach")
         super().__init__()
         self.__dict__["host"] = host  # not a submodule
         self.sites = tuple(sites)
-        self._enabled, self._merged, self._attached = True, False, True
+        self._enabled, self._merged, self._attached = True, False, False
+        self.modules_beside = list(sites.values())  # not submodules
         self._inputs = [first_input(name, module) for name, module in sites.items()]
+        self._wrap = wrap
         self._handles: list[RemovableHandle] = []
-        self._flags: list[tuple[nn.Parameter, bool]] = []
-        self._wrapped: list[tuple[str, Any]] = []
+        self._wrappers: list[tuple[str, Wrapper]] = []
         self._called: set[int] | None = None  # sites that were called, while that matters
-        if wrap:
-            self._wrap(sites)
+
+    def _install(self) -> Self:
+        """Let calls of the host include it, and freeze the host: the last step of every ``attach``."""
+        if self._wrap:
+            self._put_wrappers()
         else:
             self._handles = [
                 module.register_forward_hook(partial(self._hook, index), with_kwargs=True)
-                for index, module in enumerate(sites.values())
+                for index, module in enumerate(self.modules_beside)
             ]
-        for parameter in host.parameters():
-            self._flags.append((parameter, parameter.requires_grad))
-            parameter.requires_grad_(False)
+        add_memory(self.host, self)
+        self._attached = True
+        return self
 
     # What a subclass says
 
@@ -88,8 +99,9 @@ class SideMemory(nn.Module):
 
         Raises:
             ValueError: A site is not called, as where a host multiplies with its weight by other means: a memory beside
-                it would do nothing.
+                it would do nothing. Or it is merged, or was detached.
         """
+        self._check_use("memorize")
         with torch.no_grad(), self.calling_all():
             (run or self.host)(inputs)
 
@@ -111,6 +123,10 @@ class SideMemory(nn.Module):
     def _remove(self) -> None:
         """Take it out again, so that the host's weights are what they were, to the bit."""
         raise NotImplementedError
+
+    def _part(self, index: int) -> Iterable[Tensor]:
+        """Return the parameters and buffers that belong to one site alone; none by default."""
+        return ()
 
     def num_parameters(self) -> int:
         """Return how many parameters it adds."""
@@ -150,39 +166,63 @@ class SideMemory(nn.Module):
             self._enabled = before
 
     def detach(self) -> None:
-        """Take it off the host, for good; what is merged stays in the host's weights. A second time does nothing."""
+        """Take it off the host, for good; what is merged stays in the host's weights. A second time does nothing.
+
+        Raises:
+            ValueError: It is merged, and another memory was merged after it; nothing is changed then.
+        """
+        if not self._attached:
+            return
+        if self._merged and (above := [memory for memory in record_of(self.host).above(self) if memory.is_attached]):
+            raise ValueError(
+                f"detach() of a memory that a {_kind(above[-1])} was merged after; unmerge() that one first"
+            )
         for handle in self._handles:
             handle.remove()
-        for name, module in self._wrapped:
+        for name, wrapper in self._wrappers:
             place, child = self._place(name)
-            setattr(place, child, module)
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._handles, self._wrapped, self._flags = [], [], []
+            if getattr(place, child) is wrapper:
+                setattr(place, child, wrapper.base)
+        self._handles, self._wrappers = [], []
+        drop_memory(self.host, self)
         self._attached = False
 
     def merge(self) -> None:
         """Make it part of the host's weights, so that the host needs nothing beside it; it is enabled then.
 
+        Optimisers of the host's parameters must be made anew where their sizes change.
+
         Raises:
-            ValueError: It is merged already, was detached, or cannot be part of the weights.
+            ValueError: It is merged already, was detached, cannot be part of the weights, or it is called inside of
+                ``torch.inference_mode``.
         """
+        self._check_inference("merge")
         self._check_attached("merge")
         if self._merged:
             raise ValueError("merge() of a memory that is part of the host's weights already; unmerge() comes first")
         self._append()
+        record_of(self.host).merged.append(self)
         self._merged, self._enabled = True, True
 
     def unmerge(self) -> None:
         """Take it out of the host's weights again: they are what they were, to the bit.
 
         Raises:
-            ValueError: It is not merged, or was detached.
+            ValueError: It is not merged, not the last that was, was detached, or it is called inside of
+                ``torch.inference_mode``; nothing is changed then.
         """
+        self._check_inference("unmerge")
         self._check_attached("unmerge")
         if not self._merged:
             raise ValueError("unmerge() of a memory that is not part of the host's weights; merge() comes first")
+        record = record_of(self.host)
+        if above := record.above(self):
+            last = [memory for memory in above if memory.is_attached] or above
+            stays = "which was detached and stays, and so does what lies under it; detach()"
+            remedy = "so unmerge() that one first" if last[-1].is_attached else stays
+            raise ValueError(f"unmerge() of a memory that a {_kind(last[-1])} was merged after, {remedy}")
         self._remove()
+        record.merged.remove(self)
         self._merged = False
 
     def offload(self, device: torch.device | str = "cpu") -> None:
@@ -191,8 +231,13 @@ class SideMemory(nn.Module):
         self.to(device)
 
     def onload(self) -> None:
-        """Bring it to the host's device and enable it."""
-        self.to(next(self.host.parameters()).device)
+        """Bring it to the host's device, what belongs to one site to that of its module, and enable it."""
+        device = next(self.host.parameters()).device
+        devices: dict[int, torch.device] = {}
+        for index, module in enumerate(self.modules_beside):
+            own = next((parameter.device for parameter in module.parameters()), device)
+            devices |= {id(t): own for part in self._part(index) for t in (part, part.grad) if t is not None}
+        self._apply(lambda tensor: tensor.to(devices.get(id(tensor), device)))  # type: ignore[no-untyped-call]
         self.enabled = True
 
     # Files
@@ -259,27 +304,25 @@ class SideMemory(nn.Module):
             return (self.beside(index, x, output[0]), *output[1:])
         return self.beside(index, x, output)
 
-    def _wrap(self, sites: Mapping[str, nn.Module]) -> None:
+    def _put_wrappers(self) -> None:
         names = Counter(module for _, module in self.host.named_modules(remove_duplicate=False))
-        places = {name: self._place(name) for name in sites}
-        for name, module in sites.items():
-            place, child = places[name]
+        places = [self._place(name) for name in self.sites]
+        for name, module, (place, child) in zip(self.sites, self.modules_beside, places, strict=True):
             if not name or names[module] > 1 or getattr(place, child) is not module:
                 reason = "the host itself" if not name else "wrapped already"
                 reason = "at several places of the host" if names[module] > 1 else reason
                 raise ValueError(f"wrap=True: site {name!r} is {reason}; use wrap=False")
-        for index, (name, module) in enumerate(sites.items()):
-            place, child = places[name]
-            setattr(place, child, _Wrapper(module, self, index))
-            self._wrapped.append((name, module))
+        for index, (name, module, (place, child)) in enumerate(
+            zip(self.sites, self.modules_beside, places, strict=True)
+        ):
+            wrapper = Wrapper(module, self, index)
+            setattr(place, child, wrapper)
+            self._wrappers.append((name, wrapper))
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         """Return what holds a module, itself and not a wrapper of it, and under which name."""
         parent, _, child = name.rpartition(".")
-        place = self.host.get_submodule(parent)
-        while isinstance(place, _Wrapper):
-            place = place.base
-        return place, child
+        return unwrap(self.host.get_submodule(parent)), child
 
     @contextmanager
     def calling_all(self) -> Iterator[None]:
@@ -309,35 +352,24 @@ class SideMemory(nn.Module):
         if self._merged:
             raise ValueError(f"{call}() of a memory that is part of the host's weights; unmerge() comes first")
 
-
-class _Wrapper(nn.Module):
-    """A module with a memory beside it, which passes for the module: names, parameters and state_dict are its."""
-
-    def __init__(self, base: nn.Module, memory: SideMemory, index: int) -> None:
-        super().__init__()
-        self.base = base
-        self.__dict__["memory"] = memory  # not a submodule
-        self.index = index
-        self.training = base.training
-        self.register_load_state_dict_pre_hook(_add_base)  # type: ignore[no-untyped-call]
-
-    def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        return self.memory._output(self.index, inputs, keywords, self.base(*inputs, **keywords))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
-
-    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
-        yield from self.base.named_modules(memo, prefix, remove_duplicate)
-
-    def state_dict(self, *args: Any, **options: Any) -> Any:
-        return self.base.state_dict(*args, **options)
+    @staticmethod
+    def _check_inference(call: str) -> None:
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{call}() inside of torch.inference_mode() would make tensors that nothing is learnt with; call it "
+                f"outside of torch.inference_mode(); with Lightning Trainer(inference_mode=False)"
+            )
 
 
-def _add_base(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename what is loaded from the base's names to those that lie a module deeper."""
-    for name in [name for name in tensors if name.startswith(prefix)]:
-        tensors[f"{prefix}base.{name.removeprefix(prefix)}"] = tensors.pop(name)
+def check_seed(seed: int) -> None:
+    """Require a whole number.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} is not a whole number; use one")
+
+
+def _kind(memory: SideMemory) -> str:
+    return type(memory).__name__

@@ -1,23 +1,41 @@
 """Slots beside a feed-forward: a narrow one of the same kind, for all rows of a batch or one for each."""
 
 from collections.abc import Callable
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from memzoo.layers.ops.precision import wider
+from memzoo.layers.nonlinear_svd import nonlinear_svd
+from memzoo.layers.ops.precision import no_autocast, wider
 
 Clip = Literal["forward", "project"]
 EMPTY = -1  # what `rows` says of a slot that holds nothing
 WRITTEN = -2  # and of one that holds no clone of a slot of the host
 
 
+_STEPS = [0]  # of all optimisers: fused ones change parameters, whose versions stay what they were
+
+
+def _count_step(*_: Any) -> None:
+    if not torch.compiler.is_compiling():  # what is compiled does change versions
+        _STEPS[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class SideSlots(nn.Module):
     """``y + tau * S(x)``, with ``S(x) = (act(x G^T) * (x K^T)) V``, or ``act(x K^T) V`` without a gate.
 
     What is read of a slot is at most one long: ``w / max(|w|, 1)`` for its row of G, of K and of V (biases are left).
+
+    While no gradient is recorded, what is read is kept until an optimiser steps, or a parameter or ``tau`` changes.
+    PyTorch does not count writes by hand through ``.data``: after them only a call that records gradients, or
+    ``forget()``, reads anew.
 
     Args:
         slots: How many, all empty: zeros, which add nothing.
@@ -68,6 +86,7 @@ class SideSlots(nn.Module):
     ) -> None:
         super().__init__()
         self.__dict__["activation"] = activation  # the host's, which may be a module: not a submodule
+        self._kept: _Kept | None = None
         self.clip = clip
         lead = () if batch_size is None else (batch_size,)
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -99,26 +118,71 @@ class SideSlots(nn.Module):
         biases = {"key_bias": self.key_bias, "gate_bias": self.gate_bias}
         return read | {name: bias for name, bias in biases.items() if bias is not None}
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y`` with what the slots say of ``x``, in the dtype of ``y``."""
-        read = {name: tensor.to(x.dtype) for name, tensor in self.effective().items()}
-        value = (self.tau * read["value"]).to(y.dtype)
-        if self.rows.dim() == 1:
-            hidden = self._hidden(x.flatten(0, -2), read).to(y.dtype)
-            return torch.addmm(y.flatten(0, -2), hidden, value).view_as(y)
-        if len(x) != len(self.rows):
-            raise ValueError(
-                f"the host reads a batch of {len(x)} rows, and there are memories for batch_size={len(self.rows)}; "
-                f"attach with batch_size={len(x)}, or with None for one that all rows share"
-            )
-        hidden = self._hidden(x.flatten(1, -2), read).to(y.dtype)
-        return torch.baddbmm(y.flatten(1, -2), hidden, value).view_as(y)
+    def forward(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return ``y`` with what the slots say of ``x``, in the dtype of ``y``.
+
+        Args:
+            x: What the feed-forward reads.
+            y: What it returns.
+            index: Whose slots each row of the batch reads, (batch,); its own by default.
+        """
+        shared = self.rows.dim() == 1
+        if not shared:
+            check_rows(x, len(self.rows), index)
+        read, first = self._read(x, y, index), 0 if shared else 1
+        hidden = self._hidden(x.flatten(first, -2), read).to(y.dtype)
+        with _no_autocast(y.device):  # which would round a wider y
+            product = torch.addmm if shared else torch.baddbmm
+            return product(y.flatten(first, -2), hidden, read["value"]).view_as(y)
+
+    def _read(self, x: Tensor, y: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+        """Return ``effective()`` in the dtype of ``x``, and ``value`` times ``tau`` in that of ``y``."""
+        if torch.compiler.is_compiling() or not self._can_keep():
+            return self._cast(x, y, index)
+        if torch.is_grad_enabled():
+            self.forget()
+            return self._cast(x, y, index)
+        sources = [p for p in (*self._parameters.values(), self.tau) if p is not None]
+        state = x.dtype, y.dtype, _STEPS[0], _stream(self.tau), *((p.data_ptr(), p._version) for p in sources)
+        kept = self._kept
+        if kept is None or kept.state != state or kept.chosen is not index:
+            # Sources are held, so that no other tensor gets their address.
+            kept = _Kept(state, index, self._cast(x, y, index), [p.detach() for p in sources])
+            self._kept = kept
+        return kept.read
+
+    def _can_keep(self) -> bool:
+        """Whether what is read is known to be the numbers of this call, and stays outside of recorded graphs."""
+        own = [parameter for parameter in self._parameters.values() if parameter is not None]
+        if any(type(p) is not nn.Parameter or p.is_inference() for p in own):
+            return False  # torch.func puts others in their place; inference tensors do not count writes
+        return self.tau.device.type == "cpu" or (self.tau.is_cuda and not torch.cuda.is_current_stream_capturing())
+
+    def _cast(self, x: Tensor, y: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+        effective = self.effective()
+        value = (self.tau * effective.pop("value")).to(y.dtype)
+        read = {name: tensor.to(x.dtype) for name, tensor in effective.items()} | {"value": value}
+        if index is None or self.rows.dim() == 1:
+            return read
+        return {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in read.items()}
 
     def _hidden(self, x: Tensor, read: dict[str, Tensor]) -> Tensor:
         up = _product(x, read["key"], read.get("key_bias"))
         if "gate" not in read:
             return self.activation(up)
         return self.activation(_product(x, read["gate"], read.get("gate_bias"))) * up
+
+    def forget(self) -> None:
+        """Drop what is kept of reading."""
+        if self._kept is not None:
+            self._kept = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # not in copies
 
     @torch.no_grad()
     def fill(self, rows: Tensor, **tensors: Tensor) -> None:
@@ -141,6 +205,7 @@ class SideSlots(nn.Module):
             parameter.zero_()
             parameter.grad = None
         self.rows.fill_(EMPTY)
+        self.forget()
 
     @torch.no_grad()
     def project(self) -> None:
@@ -149,14 +214,71 @@ class SideSlots(nn.Module):
             if parameter is not None:
                 parameter.copy_(clipped(parameter))
 
+    @property
+    def is_relu(self) -> bool:
+        """Whether what they say is ``relu(x K^T) V``."""
+        probe = torch.tensor([-1e4, -1.0, 0.0, 2.0, 1e4], device=self.rows.device)  # far out, some are bounded
+        biased = self.key_bias is not None and bool(self.key_bias.any())
+        return self.gate is None and not biased and torch.equal(self.activation(probe), probe.relu())
+
+    def compress(self, count: int, *, both_signs: bool) -> None:
+        """Replace them by ``count``, or twice as many with ``both_signs``, and empty the rest: ``nonlinear_svd``."""
+        read, filled = self.effective(), self.filled
+        key, value = (read[name].detach()[..., :filled, :] for name in ("key", "value"))
+        keys, values = nonlinear_svd(key, value, count, both_signs=both_signs)
+        self.clear()
+        self.fill(self.rows.new_full(keys.shape[:-1], WRITTEN), key=keys, value=values)
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def expand(self, extra: int) -> None:
         """Add empty slots; the parameters are new objects."""
+        self.forget()
         lead = self.rows.shape[:-1]
         self.rows = torch.cat([self.rows, self.rows.new_full((*lead, extra), EMPTY)], -1)
         for name, parameter in list(self.named_parameters(recurse=False)):
             extension = parameter.new_zeros(*lead, extra, *parameter.shape[self.rows.dim() :])
             setattr(self, name, nn.Parameter(torch.cat([parameter, extension], len(lead))))
+
+
+class _Kept(NamedTuple):
+    """What was read, and of which state of what."""
+
+    state: tuple[Any, ...]
+    chosen: Tensor | None
+    read: dict[str, Tensor]
+    sources: list[Tensor]
+
+
+def _stream(tensor: Tensor) -> int | None:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return ``no_autocast``, which takes its time, where there is any."""
+    inside = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return no_autocast(device) if inside else nullcontext()
+
+
+def check_rows(x: Tensor, number: int, index: Tensor | None = None) -> None:
+    """Require that what a feed-forward reads has a row for each memory, or for each that ``index`` names.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if x.dim() < 3:
+        raise ValueError(
+            f"a feed-forward of the host reads {tuple(x.shape)}, (tokens, dim), in which rows of the batch cannot be "
+            f"told apart, and there are memories for batch_size={number}; attach with batch_size=None, or to others"
+        )
+    if index is not None and len(x) != len(index):
+        raise ValueError(f"the host reads a batch of {len(x)} rows inside rows() of {len(index)}; pass as many")
+    if index is None and len(x) != number:
+        raise ValueError(
+            f"the host reads a batch of {len(x)} rows, and there are memories for batch_size={number}; attach with "
+            f"batch_size={len(x)}, or with None for one that all rows share; or say which memory each row reads, as "
+            f"for beams: with memory.rows(torch.arange({number}).repeat_interleave(copies))"
+        )
 
 
 def clipped(vectors: Tensor) -> Tensor:

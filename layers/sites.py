@@ -13,9 +13,12 @@ from torch.nn import functional as F
 from memzoo.layers.feed_forward_site import FeedForwardSite, Parts, is_plain_linear
 from memzoo.layers.feedforward import FeedForward, SwiGLU
 from memzoo.layers.ops.precision import no_autocast
+from memzoo.layers.side_record import memories_disabled
+from memzoo.layers.side_wrapper import unwrap
 
 EXPERTS = {"experts", "expert", "shared_expert", "shared_experts"}
-CONFIGURED = ("intermediate_size", "n_inner", "hidden_dim")  # what configurations call the number of slots
+# What configurations call the number of slots.
+CONFIGURED = ("intermediate_size", "shared_expert_intermediate_size", "n_inner", "hidden_dim")
 
 
 def find_feed_forwards(model: nn.Module, sites: Sequence[str] | None = None) -> dict[str, FeedForwardSite]:
@@ -27,7 +30,7 @@ def find_feed_forwards(model: nn.Module, sites: Sequence[str] | None = None) -> 
 
     Raises:
         ValueError: Not one feed-forward a layer is recognised; a site is missing, there twice or not recognised; or its
-            matrices cannot be read: they are quantised, parametrised, have a norm between them, or are also another's.
+            matrices cannot be read: they are no plain tensors, have a norm between them, or are also another's.
     """
     found = {}
     for name, module in find_sites(model, sites, remedy="name the feed-forwards: attach(model, sites=[...])").items():
@@ -38,7 +41,7 @@ def find_feed_forwards(model: nn.Module, sites: Sequence[str] | None = None) -> 
                 f"itself, of a mixture of experts the shared one: attach(model, sites=[...])"
             )
         found[name] = FeedForwardSite(name, module, parts)
-    _check_matrices(model, found)
+    check_matrices(model, found)
     return found
 
 
@@ -95,8 +98,8 @@ def _order(name: str, place: Mapping[str, int]) -> list[int]:
 
 
 def _declared(model: nn.Module) -> tuple[int | None, bool]:
-    """How many layers a model says it has, ours in ``blocks``, and whether it has an encoder and a decoder."""
-    if isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList):
+    """How many layers a model says it has, ours and timm's in ``blocks``; whether it has an encoder and a decoder."""
+    if isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList | nn.Sequential):
         return len(blocks), False
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -113,7 +116,7 @@ def recognise(module: nn.Module) -> Parts | None:
         return Parts("up", "down", F.gelu)
     for parts in _named(module):
         others = (child for name, child in module.named_children() if name not in (parts.gate, parts.up, parts.down))
-        if not any(True for child in others for _ in child.children()):
+        if not any(True for child in others for _ in unwrap(child).children()):
             return parts
     return None  # anything else, also more than matrices: a whole layer
 
@@ -124,9 +127,12 @@ def _named(module: Any) -> Iterator[Parts]:
     def has(*names: str) -> bool:
         return all(hasattr(module, name) for name in names)
 
+    def linear(name: str) -> bool:
+        return isinstance(unwrap(getattr(module, name)), nn.Linear)
+
     if has("gate_proj", "up_proj", "down_proj", "act_fn"):  # transformers: Llama, Mistral, Qwen, Gemma
         yield Parts("up_proj", "down_proj", module.act_fn, "gate_proj")
-    if has("gate_up_proj", "down_proj", "activation_fn") and isinstance(module.gate_up_proj, nn.Linear):  # Phi-3, GLM
+    if has("gate_up_proj", "down_proj", "activation_fn") and linear("gate_up_proj"):  # Phi-3, GLM
         yield Parts("gate_up_proj", "down_proj", module.activation_fn, "gate_up_proj")
     if has("c_fc", "c_proj", "act"):  # GPT-2
         yield Parts("c_fc", "c_proj", module.act)
@@ -134,7 +140,7 @@ def _named(module: Any) -> Iterator[Parts]:
         yield Parts("dense_h_to_4h", "dense_4h_to_h", module.act)
     if has("fc1_g", "fc1_x", "fc2", "act"):  # timm: SwiGLU
         yield Parts("fc1_x", "fc2", module.act, "fc1_g")
-    if has("fc1", "fc2") and (has("act") or has("activation_fn")) and isinstance(module.fc1, nn.Linear):
+    if has("fc1", "fc2") and (has("act") or has("activation_fn")) and linear("fc1"):
         activation = module.act if has("act") else module.activation_fn
         if has("gate_last"):  # timm: GluMlp
             yield Parts("fc1", "fc2", activation, "fc1", gate_first=not module.gate_last)
@@ -192,20 +198,26 @@ def count_users(model: nn.Module) -> Counter[int]:
     return Counter(id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
 
 
-def _check_matrices(model: nn.Module, sites: Mapping[str, FeedForwardSite]) -> None:
+def check_matrices(model: nn.Module, sites: Mapping[str, FeedForwardSite]) -> None:
+    """Require that the matrices of feed-forwards can be read and grown, and say what they compute.
+
+    Raises:
+        ValueError: As ``find_feed_forwards``.
+    """
     users = count_users(model)
+    places = Counter(id(unwrap(child)) for module in model.modules() for child in module._modules.values())
     for name, site in sites.items():
         for part in dict.fromkeys(filter(None, (site.parts.gate, site.parts.up, site.parts.down))):
-            layer = getattr(site.module, part)
+            layer = unwrap(getattr(site.module, part))
             if not is_plain_linear(layer):
                 raise ValueError(
                     f"site {name!r}: {part} is a {type(layer).__name__}, not a plain linear layer of floating-point "
-                    f"numbers (quantised or parametrised?); attach to the model before that, or to other sites"
+                    f"numbers (quantised, sharded or parametrised?); attach to the model before that, or to other sites"
                 )
-            if users[id(layer.weight)] > 1:
+            if places[id(layer)] > 1 or any(users[id(own)] > 1 for own in layer.parameters()):
                 raise ValueError(
-                    f"site {name!r} shares the matrix of {part} with another module, which would change with it; untie "
-                    f"them, or attach to other sites: attach(model, sites=[...])"
+                    f"site {name!r} shares the matrix or bias of {part} with another module, which would change with "
+                    f"it; untie them, or attach to other sites: attach(model, sites=[...])"
                 )
         norm = getattr(site.module, "norm", None)
         if norm is not None and not isinstance(norm, nn.Identity):
@@ -213,7 +225,8 @@ def _check_matrices(model: nn.Module, sites: Mapping[str, FeedForwardSite]) -> N
                 f"site {name!r} has a {type(norm).__name__} between its matrices, which slots beside it would not go "
                 f"through; attach to other sites"
             )
-        _check_formula(site)
+        with memories_disabled(model):
+            _check_formula(site)
 
 
 @torch.no_grad()
@@ -222,7 +235,7 @@ def _check_formula(site: FeedForwardSite) -> None:
     weight = site.up_weight
     if weight.device.type == "meta":
         return
-    x = torch.randn(1, 2, site.dim, generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(1, 2, site.dim, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
     with no_autocast(x.device), _evaluating(site.module):
         try:
             y = site.module.forward(x)

@@ -1,6 +1,6 @@
 """TempLoRA: low-rank changes of a host's linear layers that last for one document, the baseline of Locas."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -11,7 +11,7 @@ from memzoo.layers.errors import check_number, check_positive
 from memzoo.layers.feed_forward_site import is_conv1d, is_plain_linear
 from memzoo.layers.ops.attention_checks import check_dropout
 from memzoo.layers.registry import register_layer
-from memzoo.layers.side_memory import SideMemory
+from memzoo.layers.side_memory import SideMemory, check_seed
 from memzoo.layers.sites import count_users, find_sites
 
 HEADS = ("lm_head", "head")  # what models call the layer that reads the logits
@@ -23,7 +23,7 @@ class TempLoRA(SideMemory):
     ``memory = TempLoRA.attach(model)``; then an optimiser over ``memory.parameters()`` learns the text, chunk after
     chunk, and ``memory.reset()`` forgets it before the next document. Adapters stand beside every ``nn.Linear`` and
     ``Conv1D`` but the head that reads the logits: what a model calls ``lm_head`` or ``head``, or returns from
-    ``get_output_embeddings()``. Subclasses of ``nn.Linear`` (quantised, parametrised) are left out, and so is what no
+    ``get_output_embeddings()``. Layers that are quantised, sharded or parametrised are left out, and so is what no
     linear layer computes, such as convolutions. ``sites=[...]`` names other linear layers, or fewer.
 
     Adapters are kept in at least float32 (float64 stays) and take part in the dtype of what they are beside. Dropout
@@ -79,6 +79,7 @@ class TempLoRA(SideMemory):
         check_positive("rank", rank)
         check_number("alpha", alpha)
         check_dropout("dropout", dropout)
+        check_seed(seed)
         super().__init__(model, sites, wrap=wrap)
         self.rank, self.alpha, self.dropout, self.seed = rank, float(alpha), dropout, seed
         self._layers = [*sites.values()]  # not submodules
@@ -89,7 +90,7 @@ class TempLoRA(SideMemory):
             like: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
             self.down.append(nn.Parameter(torch.empty(rank, weight.shape[1], **like)))
             self.up.append(nn.Parameter(torch.empty(weight.shape[0], rank, **like)))
-        self.reset()
+        self._draw()
         self.train(model.training)
 
     @classmethod
@@ -123,9 +124,10 @@ class TempLoRA(SideMemory):
             if not is_plain_linear(layer):
                 raise ValueError(
                     f"site {name!r} is a {type(layer).__name__}, not a plain linear layer of floating-point numbers "
-                    f"(quantised or parametrised?); name linear layers: attach(model, sites=[...])"
+                    f"(quantised, sharded or parametrised?); name linear layers: attach(model, sites=[...])"
                 )
-        return cls(model, linears, rank=rank, alpha=alpha, dropout=dropout, seed=seed, wrap=wrap)
+        memory = cls(model, linears, rank=rank, alpha=alpha, dropout=dropout, seed=seed, wrap=wrap)
+        return memory._install()
 
     def beside(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """Return ``y + alpha / r B A dropout(x)``."""
@@ -134,7 +136,6 @@ class TempLoRA(SideMemory):
         rows = y.reshape(-1, y.shape[-1]), inner.reshape(-1, inner.shape[-1])
         return torch.addmm(*rows, up.T, alpha=self.alpha / self.rank).view(y.shape)
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Draw ``A`` anew, from the same seed, and set ``B`` to zero; parameters stay the same objects.
 
@@ -142,6 +143,15 @@ class TempLoRA(SideMemory):
             ValueError: It is merged, or was detached.
         """
         self._check_use("reset")
+        self._draw()
+
+    def detach(self) -> None:
+        """Take it off the host, for good; what is merged stays in the host's weights, whose copies are dropped."""
+        super().detach()
+        self._bases = []
+
+    @torch.no_grad()
+    def _draw(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         for down, up in zip(self.down, self.up, strict=True):
             bound = down.shape[1] ** -0.5
@@ -151,6 +161,9 @@ class TempLoRA(SideMemory):
 
     def _describe(self) -> dict[str, Any]:
         return {"sites": list(self.sites), "rank": self.rank, "alpha": self.alpha}
+
+    def _part(self, index: int) -> Iterable[Tensor]:
+        return self.down[index], self.up[index]
 
     @torch.no_grad()
     def _append(self) -> None:

@@ -5,12 +5,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from memzoo.lit_modules.callbacks import say
@@ -39,9 +41,9 @@ def perplexity_figure(
     compared = any(score.plain_loss_sum is not None for score in scores)
     figure = Figure(figsize=(6.4, 6.0 if compared else 4.0), layout="constrained")
     axes = list(figure.subplots(1 + compared, sharex=True, squeeze=False)[:, 0])
-    for index, (document, own) in enumerate(documents.items()):
+    for index, own in enumerate(documents.values()):
         ends = [score.position + score.tokens for score in own]
-        axes[0].plot(ends, running_perplexity(own), color=f"C{index % 10}", label=names[document])
+        axes[0].plot(ends, running_perplexity(own), color=f"C{index % 10}", label=f"{index}")
         if compared:
             plain = running_perplexity(own, plain=True)
             axes[0].plot(ends, plain, color=f"C{index % 10}", linestyle="--", linewidth=1)
@@ -50,17 +52,27 @@ def perplexity_figure(
     axes[0].set_ylabel("perplexity so far")
     axes[0].set_title(title)
     if compared:
-        axes[0].plot([], [], color="0.4", linestyle="--", linewidth=1, label="without memory")
         axes[1].axhline(0, color="0.4", linewidth=0.8)
         axes[1].set_ylabel(f"gain of a chunk, bits per {'token' if bytes_per_token is None else 'byte'}")
     if len(documents) <= MOST_NAMES:
-        axes[0].legend(fontsize=8)
+        _legend(axes[0], [names[document] for document in documents], compared=compared)
     for panel in axes:
         panel.grid(alpha=0.25)
     axes[-1].set_xlabel("position in the document, tokens")
     axes[-1].set_xlim(left=0)
     axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure, axes
+
+
+def _legend(axes: Axes, names: Sequence[str], *, compared: bool) -> None:
+    """Name the lines. Texts are set afterwards: matplotlib leaves out labels that begin as ``_pydecimal.py`` does."""
+    handles = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
+    if compared:
+        handles += [Line2D([], [], color="0.4"), Line2D([], [], color="0.4", linestyle="--", linewidth=1)]
+        names = [*names, "with memory", "without memory"]
+    legend = axes.legend(handles, [f"{number}" for number in range(len(handles))], fontsize=8)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
 
 
 def by_document(scores: Sequence[ChunkScore]) -> dict[int, list[ChunkScore]]:
@@ -111,7 +123,20 @@ class StreamFigure(Callback):
             for rank in range(trainer.world_size)
         ]
         scores = [score for stream, _ in shared for score in stream]
-        after = {document: loss for _, losses in shared for document, loss in losses.items()}
+        self._show(trainer, pl_module, scores, {name: loss for _, losses in shared for name, loss in losses.items()})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Show what was read up to now, of this process."""
+        if isinstance(pl_module, TestTimeTrainingModule) and trainer.state.fn == "test":
+            self._show(trainer, pl_module, pl_module.stream, pl_module.held_out_after)
+
+    def _show(
+        self,
+        trainer: Trainer,
+        pl_module: TestTimeTrainingModule,
+        scores: Sequence[ChunkScore],
+        after: Mapping[int, float],
+    ) -> None:
         if not trainer.is_global_zero or not scores:
             return
         data = data_module(trainer)
@@ -160,5 +185,8 @@ def write_scores(path: Path, scores: Sequence[ChunkScore], names: Sequence[str])
         writer.writerows({"name": names[score.document], **asdict(score)} for score in scores)
 
 
-def _title(chosen: Mapping[str, object]) -> str:
-    return "no memory" if chosen["memory"] is None else str(chosen["memory"])
+def _title(chosen: Mapping[str, Any]) -> str:
+    if chosen["memory"] is None:
+        return "no memory"
+    options = ", ".join(f"{name} {value}" for name, value in (chosen["memory_options"] or {}).items())
+    return ", ".join(filter(None, [chosen["memory"], options, f"learning rate {chosen['memory_learning_rate']:g}"]))

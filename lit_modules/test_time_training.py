@@ -1,7 +1,10 @@
 """TestTimeTrainingModule: stream long documents through a model whose side memory learns them as it reads."""
 
 import math
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -58,10 +61,13 @@ class TestTimeTrainingModule(CausalLMModule):
         steps_per_chunk: Optimiser steps with each chunk but the first. One costs no reading of its own; 0 scores with
             the memory as ``memorize`` has filled it.
         reuse_state: Chunks that go on from the model's state behind the chunk before, in place of reading the prefix
-            again, between two that read it. Saves time; the state was computed with an older memory. With more than
-            one step per chunk it is that of the reading that was scored.
+            again, between two that read it. Saves time; the state was computed with an older memory, and up to
+            ``reuse_state`` chunks more than the window are in view. With more than one step per chunk it is that of the
+            reading that was scored. Without memory, ``compare`` always reads the prefix.
         compare: Score every chunk without memory too.
         retention: Measure the held-out loss, on the data module's ``held_out_batches()``.
+        memory_folder: Where the memory that each document has left is kept, as ``NUMBER.safetensors`` of the document,
+            for ``memory.load``; None keeps none.
         options: Of ``CausalLMModule``.
 
     Attributes:
@@ -102,12 +108,13 @@ class TestTimeTrainingModule(CausalLMModule):
         reuse_state: int = 0,
         compare: bool = True,
         retention: bool = True,
+        memory_folder: str | None = None,
         **options: Any,
     ) -> None:
         if memory is not None:
             check_choice("memory", memory, list_layers("side"))
         elif memory_options:
-            raise ValueError(f"memory_options={memory_options!r} are of a memory, but memory=None; leave them out")
+            raise ValueError(f"memory_options={memory_options!r} are of a memory, but memory=None; use None for both")
         check_number("memory_learning_rate", memory_learning_rate, zero=True)
         check_number("memory_weight_decay", memory_weight_decay, zero=True)
         if len(memory_betas) != 2 or not all(0 <= beta < 1 for beta in memory_betas):
@@ -119,12 +126,12 @@ class TestTimeTrainingModule(CausalLMModule):
         _check_count("reuse_state", reuse_state)
         super().__init__(model, overrides, **options)
         if memory is not None:
-            self._attach().detach()  # refuses now what a test would only refuse with its data at hand
+            self._check_memory(self._attach())  # refuses now what a test would only refuse with its data at hand
         self.stream: list[ChunkScore] = []
         self.held_out_before: float | None = None
         self.held_out_after: dict[int, float] = {}
         self._learner: _Learner | None = None  # while a test runs; no submodule, so that no checkpoint holds a memory
-        self._states: dict[bool, Any] = {}  # behind the chunk before, with memory and without
+        self._state: Any = None  # behind the chunk before
         self._sums = torch.zeros(5, dtype=SUM_DTYPE)
 
     @property
@@ -137,7 +144,7 @@ class TestTimeTrainingModule(CausalLMModule):
     def test_step(  # type: ignore[override]  # CausalLMModule's returns nothing
         self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Any]:
-        """Score a chunk, then learn it. Returns ``tokens``, their number, and a ``note`` for the progress bar.
+        """Score a chunk, then learn it. Returns a ``note`` for the progress bar.
 
         Raises:
             ValueError: The batch is no chunk of a document, or not the one that is next.
@@ -147,7 +154,6 @@ class TestTimeTrainingModule(CausalLMModule):
         if self._learner is None or chunk.number == 0:
             score = self._read_plainly(chunk)
             plain = score if self._compares else None
-            self._states[True] = self._states.get(False)
             if self._learner is not None:
                 self._learner.memory.memorize(chunk.inputs)
         else:
@@ -156,14 +162,14 @@ class TestTimeTrainingModule(CausalLMModule):
         place = (chunk.document, chunk.number, chunk.position)
         self.stream.append(ChunkScore(*place, chunk.scored, score.item(), None if plain is None else plain.item()))
         self._sums += self.stream[-1].terms()
-        return {"tokens": chunk.scored, "note": self._note()}
+        return {"note": self._note()}
 
     def _follow(self, chunk: Chunk) -> None:
         """Start a document, or go on with it."""
         before = self.stream[-1] if self.stream else None
         if chunk.number == 0:
             self._end_document()
-            self._states.clear()
+            self._state = None
             if self._learner is not None:
                 self._learner.start()
         elif before is None or (before.document, before.chunk + 1) != (chunk.document, chunk.number):
@@ -177,39 +183,37 @@ class TestTimeTrainingModule(CausalLMModule):
         """Return the sum of the losses with the memory as it is, and update it."""
         learner, steps = cast(_Learner, self._learner), self.hparams["steps_per_chunk"]
         with torch.set_grad_enabled(steps > 0):
-            pieces, losses, state = self._read(chunk, with_memory=True)
+            pieces, losses, state = self._read(chunk)
         score = _sum(pieces, losses)
         for step in range(steps):
             with torch.enable_grad():
                 if step > 0:
                     learner.memory.train()
-                    pieces, losses, _ = self._read(chunk, with_memory=True)
+                    pieces, losses, _ = self._read(chunk)
                     learner.memory.eval()
                 learner.step(pieces.mean(losses))
-        self._keep(state, with_memory=True)
+        self._keep(state)
         return score
 
     @torch.no_grad()
     def _read_plainly(self, chunk: Chunk) -> Tensor:
-        """Return the sum of the losses without memory."""
-        if self._learner is None:
-            pieces, losses, state = self._read(chunk, with_memory=False)
-        else:
-            with self._learner.memory.disabled():
-                pieces, losses, state = self._read(chunk, with_memory=False)
-        self._keep(state, with_memory=False)
+        """Return the sum of the losses without memory, from the prefix."""
+        with nullcontext() if self._learner is None else self._learner.memory.disabled():
+            pieces, losses, state = self._read(chunk, afresh=self._learner is not None)
+        if self._learner is None or chunk.number == 0:
+            self._keep(state)
         return _sum(pieces, losses)
 
-    def _read(self, chunk: Chunk, *, with_memory: bool) -> tuple[NextTokens, Tensor, Any]:
+    def _read(self, chunk: Chunk, *, afresh: bool = False) -> tuple[NextTokens, Tensor, Any]:
         """Return a chunk's targets, their losses and the state behind it, from the prefix or the state before."""
-        afresh = chunk.number % (self.hparams["reuse_state"] + 1) == 0
+        afresh = afresh or chunk.number % (self.hparams["reuse_state"] + 1) == 0
         pieces = chunk.pieces(0 if afresh else chunk.prefix)
-        logits, state = self.model(pieces.inputs, None if afresh else self._states[with_memory])
+        logits, state = self.model(pieces.inputs, None if afresh else self._state)
         return pieces, pieces.losses(logits), state
 
-    def _keep(self, state: Any, *, with_memory: bool) -> None:
+    def _keep(self, state: Any) -> None:
         if self.hparams["reuse_state"] > 0:
-            self._states[with_memory] = state.detach()
+            self._state = state.detach()
 
     @property
     def _compares(self) -> bool:
@@ -226,9 +230,16 @@ class TestTimeTrainingModule(CausalLMModule):
     # What others lose
 
     def _end_document(self) -> None:
-        """Measure what a document's memory does to held-out text."""
-        if self.stream and self._learner is not None and self.hparams["retention"]:
-            self.held_out_after[self.stream[-1].document] = self._held_out_loss()
+        """Measure what a document's memory does to held-out text, and keep it if asked."""
+        if not self.stream or self._learner is None:
+            return
+        document = self.stream[-1].document
+        if self.hparams["retention"]:
+            self.held_out_after[document] = self._held_out_loss()
+        if self.hparams["memory_folder"] is not None:
+            folder = Path(self.hparams["memory_folder"])
+            folder.mkdir(parents=True, exist_ok=True)
+            self._learner.memory.save(folder / f"{document}.safetensors")
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
@@ -252,21 +263,39 @@ class TestTimeTrainingModule(CausalLMModule):
         """
         if self.trainer.state.fn == "test":
             self._check_test()
-        return [*cast(list[Callback], super().configure_callbacks()), DetachMemory()]
+        own = [callback for callback in cast(Any, self.trainer).callbacks if isinstance(callback, DetachMemory)]
+        return [*cast(list[Callback], super().configure_callbacks()), *(own or [DetachMemory()])]
 
     def _check_test(self) -> None:
-        if self.hparams["memory"] is None:
+        chosen, data = self.hparams, data_module(self.trainer)
+        if isinstance(chosen.get("model"), str) and self.trainer.ckpt_path is None:
+            warnings.warn(
+                f"model={chosen['model']!r} is streamed with the weights it was drawn with; pass the ckpt_path of a "
+                f"run that trained it",
+                stacklevel=2,
+            )
+        self._check_positions(data)
+        if chosen["memory"] is None:
             return
         if self.trainer.test_loop.inference_mode:
             raise ValueError(
                 "inference_mode=True of the trainer rules out gradients in a test; use Trainer(inference_mode=False), "
                 "or memory=None to score without a memory"
             )
-        data = data_module(self.trainer)
-        if self.hparams["retention"] and not hasattr(data, "held_out_batches"):
+        if chosen["retention"] and not hasattr(data, "held_out_batches"):
             raise ValueError(
                 f"retention=True measures the data module's held_out_batches(), which {type(data).__name__} lacks; "
                 f"use BookStreamData, or retention=False"
+            )
+
+    def _check_positions(self, data: Any) -> None:
+        """Check that a model with so many positions has room for what is read in one piece."""
+        limit, window = getattr(self.model, "context", None), getattr(data, "window", None)
+        read = 0 if window is None else window + self.hparams["reuse_state"] * data.chunk_length
+        if limit is not None and read > limit:
+            raise ValueError(
+                f"window={window} and reuse_state={self.hparams['reuse_state']} have the model read {read} tokens in "
+                f"one piece, and it has {limit} positions; lower window, chunk_length or reuse_state"
             )
 
     def on_test_start(self) -> None:
@@ -288,7 +317,16 @@ class TestTimeTrainingModule(CausalLMModule):
         if self._learner is not None:
             self._learner.memory.detach()
         self._learner = None
-        self._states.clear()
+        self._state = None
+
+    def _check_memory(self, memory: SideMemory) -> None:
+        memory.detach()
+        rows = getattr(memory, "batch_size", None)
+        if rows not in (None, 1):
+            raise ValueError(
+                f"memory_options: batch_size={rows} has a memory for each of {rows} rows, and a stream has one row; "
+                f"leave batch_size out"
+            )
 
     def _attach(self) -> SideMemory:
         name, options = self.hparams["memory"], self.hparams["memory_options"] or {}

@@ -21,7 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from memzoo.layers.errors import check_positive
 from memzoo.lit_modules.data.corpus import TextFile, find_longest_files, find_text_files
 from memzoo.lit_modules.data.rows import TokenRows
-from memzoo.lit_modules.data.shards import TokenCache, prepare_cache
+from memzoo.lit_modules.data.shards import Document, TokenCache, prepare_cache
 from memzoo.lit_modules.data.text import Loader, PathLike, TextData, as_list
 from memzoo.lit_modules.objective import NOT_SCORED
 
@@ -147,7 +147,8 @@ class BookStreamData(TextData):
     """Text to train and validate on as ``TextData`` has it, and books to test on, streamed from their beginning.
 
     The books are left out of what is trained and validated on, and so are files of equal contents. Copies that differ,
-    by a line or the encoding of line ends, are not known as such. Books are tokenised and kept as all text is.
+    by a line or the encoding of line ends, are not known as such. A checkpoint that was trained with this data module
+    knows what it has seen, and refuses to be tested on that. Books are tokenised and kept as all text is.
 
     The test loader gives the chunks of ``BookChunks``, one a batch, book after book. Where there are several devices,
     each streams books of its own, dealt out in turn, so that devices may have more or fewer batches than others.
@@ -281,14 +282,33 @@ class BookStreamData(TextData):
         share = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         return DataLoader(self.chunks, sampler=BookSampler(self.chunks, **share), **self._loader_options(1))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: which documents were trained or validated on."""
+        caches = [TokenCache(self.cache_dir / key) for key in self._keys[:-1]]
+        return {"seen": sorted({_mark(document) for cache in caches for document in cache.documents})}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the books are none of what the run of a checkpoint was trained or validated on.
+
+        Raises:
+            ValueError: One is.
+        """
+        seen = {*state_dict["seen"]}
+        books = zip(TokenCache(self.cache_dir / self._keys[-1]).documents, self.book_names, strict=True)
+        if known := [name for document, name in books if _mark(document) in seen]:
+            raise ValueError(
+                f"books: {known} are among what the checkpoint was trained or validated on; stream others, or train "
+                f"with the same books, num_books and paths"
+            )
+
     def held_out_batches(self) -> Loader:
-        """Return a loader of the first ``held_out`` batches of ``validation_rows``, the same ones on every device.
+        """Return a loader of ``held_out`` batches of ``validation_rows``, evenly spread, the same ones on every device.
 
         Measure the loss on them before and after a book: what a model has kept.
         """
         rows = self.validation_rows
-        first = range(min(self.held_out * self.batch_size, len(rows)))
-        return DataLoader(Subset(rows, first), batch_size=self.batch_size)
+        count = min(self.held_out * self.batch_size, len(rows))
+        return DataLoader(Subset(rows, [index * len(rows) // count for index in range(count)]), self.batch_size)
 
     def _find_books(self) -> list[TextFile]:
         if self.books is None:
@@ -318,10 +338,20 @@ class BookStreamData(TextData):
         chunks = BookChunks(books, chunk_length=self.chunk_length, window=self.window)
         streamed = zip(cache.documents, books, strict=True)
         num_bytes = sum(document.bytes / document.tokens * (len(book) - 1) for document, book in streamed)
-        names = [document.name for document in cache.documents]
+        names = _distinct([document.name for document in cache.documents])
         self._streamed = chunks, names, num_bytes / chunks.num_targets
         rank_zero_info(f"BookStreamData: {chunks.num_targets:,} tokens of {len(books)} books in {len(chunks):,} chunks")
         return super()._open()
+
+
+def _mark(document: Document) -> str:
+    """Return what tells contents apart, shortened for a checkpoint."""
+    return document.sha256[:16]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number names that are there twice."""
+    return [f"{n} ({names[:i].count(n) + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
 def check_window(chunk_length: int, window: int) -> None:

@@ -71,6 +71,15 @@ def _timm(**options: Any) -> Callable[[], nn.Module]:
     return lambda: VisionTransformer(img_size=8, patch_size=4, **sizes, **options)
 
 
+def moe() -> Any:
+    """Return a mixture of experts, whose shared ones read (batch * time, dim), and their names."""
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        host = _transformers("Qwen2Moe", num_key_value_heads=1, shared_expert_intermediate_size=WIDTH, **experts)()
+    return host.eval(), [f"model.layers.{layer}.mlp.shared_expert" for layer in range(DEPTH)]
+
+
 HOSTS = {
     "ours": HostKind(_ours, "blocks.{}.ffn", gated=True),
     "plain": HostKind(_plain, "blocks.{}.ffn", gated=False, biased=True),

@@ -124,7 +124,7 @@ def test_07_a_vector_of_length_three_acts_as_its_unit_vector_and_a_short_one_as_
 
 
 @rows
-@pytest.mark.parametrize("name", [GATED, BIASED])
+@every_host
 def test_07_whichever_vector_of_a_slot_is_long(name, batch_size):
     host, memory, inputs = attach(name, batch_size=batch_size)
     teach(memory, longest=0.9)
@@ -177,7 +177,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(name, wrap, batch_size
         assert not torch.allclose(read(host, inputs), expected)
 
 
-@pytest.mark.parametrize("name", [GATED, BIASED])
+@every_host
 def test_gradients_by_clones_are_those_of_the_equations(name):
     """Of clones scaled off the kink at length one; their values learn first."""
     _, memory, inputs = attach(name)

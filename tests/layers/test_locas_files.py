@@ -6,18 +6,21 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memzoo.arch import Block, CausalLM, save_pretrained
+from memzoo.arch import Block, CausalLM
 from memzoo.layers import Attention, FeedForward, Locas, SwiGLU, layer_entry
+from memzoo.layers.locas_init import fingerprint
 from tests.layers.locas_cases import BIASED, EXACT, GATED, RANK, attach, every_host, gradients, slots_of, teach
 from tests.layers.side_hosts import DIM, VOCAB_SIZE, WIDTH, make_host, make_inputs, read
 
@@ -28,18 +31,21 @@ LOAD = """
 import sys
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from memzoo.arch import from_pretrained
 from memzoo.layers import Locas
+from tests.layers.side_hosts import make_host, make_inputs, read
 
 torch.set_num_threads(1)
-folder = sys.argv[1]
-host = from_pretrained(folder).eval()
-memory = Locas.attach(host, rank=4, batch_size=2)
-memory.load(f"{folder}/memory.safetensors")
-logits, _ = host(torch.arange(12).view(2, 6))
-save_file({"logits": logits.detach()}, f"{folder}/logits.safetensors")
+folder, *names = sys.argv[1:]
+logits = {}
+for name in names:
+    host = make_host(name)
+    host.load_state_dict(load_file(f"{folder}/{name}.host"), strict=False)
+    memory = Locas.attach(host, rank=4, batch_size=2)
+    memory.load(f"{folder}/{name}.memory")
+    logits[name] = read(host, make_inputs(name)).detach()
+save_file(logits, f"{folder}/logits")
 """
 
 
@@ -51,18 +57,21 @@ def taught(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tup
 
 
 def test_12_a_new_process_reads_the_same_to_the_bit(tmp_path):
-    host, tokens = make_host(GATED), torch.arange(12).view(2, 6)
-    save_pretrained(host, tmp_path)
-    memory = Locas.attach(host, rank=4, batch_size=2)
-    memory.memorize(tokens)
-    teach(memory)
-    memory.save(tmp_path / "memory.safetensors")
+    expected = {}
+    for name in (GATED, "gpt2", "vit"):
+        host, memory, inputs = taught(name, batch_size=2)
+        for parameter in host.parameters():
+            parameter.mul_(1.1)  # so that the host is not what the other process makes by itself
+        save_model(host, str(tmp_path / f"{name}.host"))
+        memory.save(tmp_path / f"{name}.memory")
+        expected[name] = read(host, inputs)
     environment = os.environ | {"PYTHONPATH": ""}
-    arguments = [sys.executable, "-c", LOAD, str(tmp_path)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    arguments = [sys.executable, "-c", LOAD, str(tmp_path), *expected]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(arguments, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    with safe_open(tmp_path / "logits.safetensors", framework="pt") as file:
-        assert torch.equal(file.get_tensor("logits"), read(host, tokens))
+    found = load_file(tmp_path / "logits")
+    assert all(torch.equal(found[name], logits) for name, logits in expected.items())
 
 
 @each
@@ -135,6 +144,18 @@ def test_12_a_file_of_a_host_of_other_sizes_is_refused(dim, width, gated, tmp_pa
     with pytest.raises(ValueError, match=r"is of a memory with (sizes|gated)="):
         other.load(tmp_path / "memory.safetensors")
     assert not any(parameter.any() for parameter in other.parameters())
+
+
+def test_12_a_file_of_a_host_of_another_activation_is_refused(tmp_path):
+    def host(activation: Any) -> nn.Module:
+        return nn.Sequential(Mlp(DIM, WIDTH, act_layer=activation)).eval()
+
+    Locas.attach(host(nn.ReLU), rank=RANK).save(tmp_path / "memory.safetensors")
+    for activation in (nn.GELU, nn.ReLU6, partial(nn.GELU, approximate="tanh")):
+        with pytest.raises(ValueError, match="is of a memory with activation="):
+            Locas.attach(host(activation), rank=RANK).load(tmp_path / "memory.safetensors")
+    assert fingerprint(nn.GELU()) == fingerprint(F.gelu) != fingerprint(nn.GELU(approximate="tanh"))
+    assert fingerprint(nn.PReLU(init=0.5).bfloat16()) == fingerprint(nn.LeakyReLU(0.5))
 
 
 def test_12_what_is_no_file_of_a_memory_is_refused(tmp_path):

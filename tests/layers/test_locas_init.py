@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from memzoo.arch import create_model
 from memzoo.layers import FeedForward, Fetched, Locas, SwiGLU
-from memzoo.layers.locas_init import choose, importance
+from memzoo.layers.locas_init import choose, usage
 from memzoo.layers.reference import locas as reference
 from tests.layers.locas_cases import (
     BIASED,
@@ -81,9 +81,17 @@ def test_05_of_equal_scores_the_first_is_chosen():
 def test_05_importance_is_that_of_the_equations(batch_size, masked):
     hidden = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = MASK if masked else None
-    found = importance(hidden, mask, per_row=batch_size is not None)
+    counted = torch.ones(2, 6, dtype=torch.bool) if mask is None else mask
+    rows, counted = (hidden, counted) if batch_size else (hidden.flatten(0, 1)[None], counted.flatten()[None])
+    total, number = usage(rows, counted)
+    found = total / number
+    for dtype in (torch.float32, torch.bfloat16):
+        alone = usage(rows.to(dtype), counted)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(usage(rows.to(dtype), counted)[0], alone)
+        assert alone.dtype == torch.float32
     if batch_size is None:
-        torch.testing.assert_close(found, reference.importance(hidden, mask), **EXACT)
+        torch.testing.assert_close(found[0], reference.importance(hidden, mask), **EXACT)
     else:
         for row in range(2):
             expected = reference.importance(hidden[row], None if mask is None else mask[row])
@@ -273,6 +281,13 @@ def test_what_memorize_refuses():
         memory.memorize(tokens, mask=MASK & torch.tensor([[True], [False]]))
     with pytest.raises(ValueError, match=r"mask has shape \(2, 5\), for 12 tokens.*pass \(batch, tokens\)"):
         memory.memorize(tokens, mask=MASK[:, 1:])
+    for mask in (MASK[0], MASK[:1], MASK[..., None]):
+        with pytest.raises(ValueError, match=r"mask has shape .*, for 2 rows of inputs; pass \(batch, tokens\)"):
+            memory.memorize(tokens, mask=mask)
+    with pytest.raises(ValueError, match=r"mask has dtype torch\.float32; pass bool"):
+        memory.memorize(tokens, mask=MASK.float())
+    with pytest.raises(ValueError, match=r"inputs has shape \(0, 6\), in which there is nothing"):
+        memory.memorize(tokens[:0])
     with pytest.raises(ValueError, match=r"'blocks.0.ffn'.* not called"):
         memory.memorize(tokens, run=lambda tokens: None)
     assert memory.free == RANK  # nothing was filled

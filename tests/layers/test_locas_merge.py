@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memzoo.arch import Block, CausalLM, create_model, from_pretrained, save_pretrained
-from memzoo.layers import Attention, Locas, SwiGLU
+from memzoo.layers import Attention, Locas, SwiGLU, feed_forward_site
 from memzoo.layers.reference import locas as reference
 from tests.layers.locas_cases import BIASED, EXACT, GATED, RANK, attach, every_host, sites_of, slots_of, teach
 from tests.layers.side_hosts import DIM, HOSTS, VOCAB_SIZE, WIDTH, make_host, make_inputs, read
@@ -174,7 +174,9 @@ def test_a_second_memory_goes_on_top(name):
     assert not torch.allclose(twice, once)
     second.merge()
     torch.testing.assert_close(read(host, inputs), twice, **EXACT)
-    with pytest.raises(ValueError, match=r"not the last of .* unmerge\(\) the memory that was merged after this one"):
+    with pytest.raises(
+        ValueError, match=r"unmerge\(\) of a memory that a Locas was merged after, so unmerge\(\) that one first"
+    ):
         first.unmerge()
     assert first.is_merged
     second.unmerge()
@@ -288,3 +290,105 @@ def test_a_learned_activation_stays_the_hosts():
     memory.reset()
     assert torch.equal(host(x), before)
     assert not any("activation" in name for name in memory.state_dict())
+
+
+def unreadable(kind: str) -> nn.Module:
+    """Two feed-forwards of a width, the second of which cannot be grown."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        host = nn.Sequential(timm.layers.Mlp(DIM, WIDTH), timm.layers.Mlp(DIM, WIDTH), nn.Linear(DIM, WIDTH)).double()
+        if kind == "norm":
+            host[1].norm = nn.LayerNorm(WIDTH).double()
+        elif kind == "tied":
+            host[2].weight = host[1].fc1.weight
+        else:
+            nn.utils.parametrizations.weight_norm(getattr(host[1], kind))
+    return host.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("norm", "site '1' has a LayerNorm between"),
+        ("tied", "site '1' shares the matrix or bias of fc1"),
+        ("fc1", "site '1': fc1 is a ParametrizedLinear"),
+        ("fc2", "site '1': fc2 is a ParametrizedLinear"),
+    ],
+)
+def test_where_another_feed_forward_cannot_grow_nothing_is_merged(kind, message):
+    host, x = unreadable(kind), torch.randn(1, 5, DIM, dtype=torch.float64)
+    memory = Locas.attach(host, rank=RANK, sites=["0"])
+    memory.memorize(x)
+    teach(memory)
+    before, beside = snapshot(host), host[1](host[0](x))
+    with pytest.raises(ValueError, match=rf"merge\(\) makes all feed-forwards of a width wider, .*{message}"):
+        memory.merge()
+    assert not memory.is_merged
+    assert all(torch.equal(parameter, tensor) for parameter, tensor in before.values())
+    assert torch.equal(host[1](host[0](x)), beside)
+    host[1] = timm.layers.Mlp(DIM, WIDTH + 1).double()  # of another width, it is left alone
+    memory.merge()
+    assert host[1].fc1.out_features == WIDTH + 1
+
+
+@pytest.mark.parametrize("call", ["merge", "unmerge"])
+def test_a_host_that_gets_no_room_is_left_as_it_was(call, monkeypatch):
+    host, memory, inputs = taught(BIASED)
+    if call == "unmerge":
+        memory.merge()
+    before, outputs, texts = snapshot(host), read(host, inputs), repr(host)
+    resized, calls = feed_forward_site._resized, []
+
+    def fails_at_the_last(*layer):
+        calls.append(layer)
+        if len(calls) == 4:
+            raise MemoryError("no room")
+        return resized(*layer)
+
+    monkeypatch.setattr(feed_forward_site, "_resized", fails_at_the_last)
+    with pytest.raises(MemoryError, match="no room"):
+        getattr(memory, call)()
+    assert memory.is_merged == (call == "unmerge")
+    assert repr(host) == texts
+    assert all(torch.equal(parameter, tensor) for parameter, tensor in before.values())
+    assert torch.equal(read(host, inputs), outputs)
+    monkeypatch.undo()
+    getattr(memory, call)()
+    assert memory.is_merged == (call == "merge")
+
+
+def test_a_part_of_a_host_is_another_host_whose_slots_are_not_cut_off():
+    host, memory, _ = taught("llama")
+    memory.merge()
+    other = Locas.attach(host.model, rank=1)
+    other.merge()
+    with pytest.raises(ValueError, match=r"not the last of .* unmerge\(\) the memory that was merged after this one"):
+        memory.unmerge()
+    assert memory.is_merged
+    other.unmerge()
+    memory.unmerge()
+
+
+def test_the_shared_expert_of_a_mixture_is_saved_with_the_host(tmp_path):
+    library = pytest.importorskip("transformers", reason="hosts of transformers need the dev extra")
+    sizes = {"hidden_size": DIM, "num_hidden_layers": 2, "intermediate_size": 20, "num_attention_heads": 2}
+    sizes |= {"moe_intermediate_size": 8, "shared_expert_intermediate_size": WIDTH, "num_experts": 2}
+    sizes |= {"num_key_value_heads": 2, "num_experts_per_tok": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        host = library.Qwen2MoeForCausalLM(library.Qwen2MoeConfig(vocab_size=VOCAB_SIZE, **sizes))
+    host, tokens = host.eval(), make_inputs("llama")
+    memory = Locas.attach(host, rank=RANK, sites=[f"model.layers.{layer}.mlp.shared_expert" for layer in range(2)])
+    memory.memorize(tokens)
+    teach(memory)
+    beside = read(host, tokens)
+    memory.merge()
+    merged = read(host, tokens)
+    torch.testing.assert_close(merged, beside, rtol=1e-4, atol=1e-4)
+    said = host.config.intermediate_size, host.config.shared_expert_intermediate_size, host.config.moe_intermediate_size
+    assert said == (20, WIDTH + RANK, 8)
+    host.save_pretrained(tmp_path)
+    again = library.Qwen2MoeForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(read(again, tokens), merged)
+    memory.unmerge()
+    assert host.config.shared_expert_intermediate_size == WIDTH

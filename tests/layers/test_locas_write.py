@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memzoo.arch import Block, CausalLM
 from memzoo.layers import Attention, FeedForward, Locas
+from memzoo.layers.locas_init import next_token_log_likelihood
 from memzoo.layers.reference import locas as reference
 from tests.layers.locas_cases import BIASED, EXACT, GATED, attach, plain_host, sites_of, slots_of
 from tests.layers.side_hosts import DIM, VOCAB_SIZE, WIDTH, make_host, make_inputs, read
@@ -24,7 +26,9 @@ def log_likelihoods(host: nn.Module, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens[:, 1:, None])[..., 0]
 
 
-def recorded_with_gradients(memory: Locas, tokens: Tensor, *, per_token: bool) -> tuple[list[Tensor], list[Tensor]]:
+def recorded_with_gradients(
+    memory: Locas, tokens: Tensor, *, per_token: bool, mask: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return what every site reads, and the gradient of the log-likelihood by what is added to its output, zeros."""
     sites, inputs, added = sites_of(memory), [], []
 
@@ -34,7 +38,8 @@ def recorded_with_gradients(memory: Locas, tokens: Tensor, *, per_token: bool) -
         return y + added[-1]
 
     handles = [site.module.register_forward_hook(hook) for site in sites]
-    likelihood = F.pad(log_likelihoods(memory.host, tokens), (0, 1))
+    likelihood = log_likelihoods(memory.host, tokens)
+    likelihood = F.pad(likelihood if mask is None else likelihood * mask[:, 1:], (0, 1))
     for handle in handles:
         handle.remove()
     if not per_token:
@@ -53,10 +58,11 @@ def recorded_with_gradients(memory: Locas, tokens: Tensor, *, per_token: bool) -
 def test_what_is_written_is_that_of_the_equations(name, batch_size, per_token, wrap):
     """Upon a memory that has something in it already."""
     _, memory, tokens = attach(name, rank=15, batch_size=batch_size, wrap=wrap)
-    memory.write(tokens[:, 2:4], mask=torch.tensor([[True, False]] * 2))
+    memory.write(tokens[:, 2:4], mask=torch.tensor([[True, False]] * 2), log_likelihood=next_token_log_likelihood)
     held = memory.free
-    inputs, slopes = recorded_with_gradients(memory, tokens, per_token=per_token)
+    assert all(slots.value.any() for slots in memory.slots)
     mask = torch.tensor([[True, False, True, True, False, True], [False, True, True, False, True, True]])
+    inputs, slopes = recorded_with_gradients(memory, tokens, per_token=per_token, mask=mask)
     memory.write(tokens, mask=mask, eps=0.3, per_token=per_token)
     count = 4 if batch_size else 8
     assert memory.free == held - count
@@ -96,12 +102,55 @@ def test_14_one_token_moves_its_layer_along_the_gradient(name, layer):
     outputs: list[Tensor] = []
     hook = host.get_submodule(sites[0]).register_forward_hook(lambda module, x, y: outputs.append(y.detach()))
     before = log_likelihoods(host, inputs)
-    memory.write(inputs, mask=torch.tensor([[True, False]]), eps=1e-3)
+    memory.write(inputs, mask=torch.tensor([[1, 0]]), eps=1e-3, log_likelihood=next_token_log_likelihood)
     after = log_likelihoods(host, inputs)
     hook.remove()
     moved = outputs[-1][0, 0] - outputs[0][0, 0]
     assert F.cosine_similarity(moved, slope[0, 0], dim=0).item() == pytest.approx(1, abs=1e-6)
     assert after.sum() > before.sum()
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["summed", "per-token"])
+@language
+def test_padding_has_no_part_in_what_is_written(name, per_token):
+    found = []
+    for padding in (5, 9):
+        _, memory, tokens = attach(name, rank=8)
+        mask = (torch.arange(6) < 4).long().expand(2, 6)  # as tokenizers have it
+        memory.write(tokens.where(mask.bool(), padding), mask=mask, per_token=per_token)
+        found.append([parameter.detach() for parameter in memory.parameters()])
+    torch.testing.assert_close(found[0], found[1], **EXACT)
+    assert all(slots.value[[0, 4]].any() for slots in memory.slots)
+
+
+class Flat(nn.Module):
+    """A host whose second feed-forward reads (batch * time, dim)."""
+
+    def __init__(self, *, flat: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.flat = Mlp(DIM, WIDTH), Mlp(DIM, WIDTH), flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        y = self.second(x.flatten(0, 1)).view_as(x) if self.flat else self.second(x)
+        return x + y.cumsum(1)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["summed", "per-token"])
+def test_a_feed_forward_that_reads_tokens_without_rows_is_written_as_others(per_token):
+    x = torch.randn(2, 6, DIM, generator=torch.Generator().manual_seed(0))
+    found = []
+    for flat in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            memory = Locas.attach(Flat(flat=flat), rank=12)
+        memory.write(x, log_likelihood=lambda y, _: -y.square().sum(-1), per_token=per_token)
+        found.append([parameter.detach() for parameter in memory.parameters()])
+    torch.testing.assert_close(found[0], found[1])
+    memory.reset()
+    if per_token:
+        with pytest.raises(ValueError, match=r"log_likelihood returned \(2, 3\) for 12 tokens"):
+            memory.write(x, log_likelihood=lambda y, _: -y.square().sum(-1)[:, :3], per_token=True)
 
 
 @each
@@ -171,6 +220,8 @@ def test_what_write_refuses():
         memory.write(tokens, mask=torch.zeros(2, 6, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"mask has shape \(1, 6\)"):
         memory.write(tokens, mask=torch.ones(1, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"was called several times.*let run\(\) call the host once"):
+        memory.write(tokens[:, :2], run=lambda tokens: (memory.host(tokens), memory.host(tokens))[1])
     assert memory.free == 11
     _, memory, tokens = attach(BIASED, rank=6, batch_size=2)
     with pytest.raises(ValueError, match="mask counts 3 tokens in one row and 5 in another"):
@@ -258,8 +309,9 @@ def test_compressing_makes_room_for_more():
 def test_what_compress_refuses():
     with pytest.raises(ValueError, match=r"compress\(\) is for slots relu.* 'blocks.0.ffn' have a gate"):
         attach(GATED)[1].compress(2)
-    with pytest.raises(ValueError, match=r"compress\(\) is for slots relu.* another activation"):
-        attach(BIASED)[1].compress(2)
+    for memory in (attach(BIASED)[1], Locas.attach(nn.Sequential(Mlp(DIM, WIDTH, act_layer=nn.ReLU6)), rank=4)):
+        with pytest.raises(ValueError, match=r"compress\(\) is for slots relu.* another activation"):
+            memory.compress(2)
     memory = written("gpt2")
     with pytest.raises(ValueError, match="count=11 needs 22 slots, and there are 20; lower count"):
         memory.compress(11, both_signs=True)

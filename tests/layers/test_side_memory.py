@@ -4,7 +4,6 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
 
 import pytest
 import torch
@@ -13,53 +12,8 @@ from torch import Tensor, nn
 
 from memzoo.layers import FeedForward, SwiGLU
 from memzoo.layers.side_memory import SideMemory
-from memzoo.layers.sites import find_feed_forwards
+from tests.layers.side_cases import BOTH, Skip, inputs, stack
 from tests.layers.side_hosts import HOSTS, make_host, make_inputs, read
-
-BOTH = pytest.mark.parametrize("wrap", [False, True], ids=["hooks", "wrappers"])
-
-
-class Skip(SideMemory):
-    """The least there is: ``y + gain * x``, a number for each site."""
-
-    def __init__(self, host: nn.Module, sites: dict[str, nn.Module], *, gain: float = 1.0, wrap: bool = False) -> None:
-        super().__init__(host, sites, wrap=wrap)
-        self.gain = nn.Parameter(torch.full((len(sites),), gain))
-        self.start = gain
-
-    @classmethod
-    def attach(cls, host: nn.Module, *names: str, **options: Any) -> Self:
-        found = names or find_feed_forwards(host)
-        return cls(host, {name: dict(host.named_modules())[name] for name in found}, **options)
-
-    def beside(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.gain[index].to(x.dtype) * x
-
-    def reset(self) -> None:
-        with torch.no_grad():
-            self.gain.fill_(self.start)
-
-    def _describe(self) -> dict[str, Any]:
-        return {"sites": list(self.sites), "start": self.start}
-
-    def _append(self) -> None:
-        self._scale(2.0)
-
-    def _remove(self) -> None:
-        self._scale(0.5)
-
-    def _scale(self, by: float) -> None:
-        for parameter in self.host.parameters():
-            parameter.data.mul_(by)
-
-
-def stack(depth: int = 2) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(*(SwiGLU(8, hidden_dim=12) for _ in range(depth)))
-
-
-def inputs() -> Tensor:
-    return torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
 
 
 def by_hand(host: nn.Sequential, x: Tensor, *gains: float) -> Tensor:
@@ -216,84 +170,6 @@ def test_sites_that_are_not_called_are_named(wrap: bool) -> None:
     with pytest.raises(ValueError, match="three axes"), memory.calling_all():
         host(x[0])
     host[0](x)  # outside nothing is asked
-
-
-# Several, copies
-
-
-@BOTH
-def test_two_memories_act_one_after_the_other_and_leave_in_the_other_order(wrap: bool) -> None:
-    class Square(Skip):
-        def beside(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-            return y.square()
-
-    host, x = stack(1), inputs()
-    plain, flags = host(x), [parameter.requires_grad for parameter in host.parameters()]
-    first = Skip.attach(host, wrap=False)
-    second = Square.attach(host, wrap=wrap)
-    assert torch.equal(host(x), (plain + x).square())
-    with first.disabled():
-        assert torch.equal(host(x), plain.square())
-    second.detach()
-    assert torch.equal(host(x), plain + x)
-    first.detach()
-    assert torch.equal(host(x), plain)
-    assert [parameter.requires_grad for parameter in host.parameters()] == flags
-    last, hooked = Square.attach(host, wrap=True), Skip.attach(host)
-    assert torch.equal(host(x), (plain + x).square())  # wrappers are outside of hooks
-    hooked.detach()
-    last.detach()
-    assert torch.equal(host(x), plain)
-
-
-def test_a_site_inside_a_wrapped_one_is_wrapped_too() -> None:
-    host, x = nn.Sequential(nn.Sequential(nn.Linear(8, 8))), inputs()
-    plain, inner = host(x), host[0]
-    outer = Skip.attach(host, "0", wrap=True)
-    deep = Skip.attach(host, "0.0", gain=2.0, wrap=True)
-    assert torch.equal(host(x), plain + 2 * x + x)
-    outer.detach()
-    assert torch.equal(host(x), plain + 2 * x)
-    deep.detach()
-    assert torch.equal(host(x), plain)
-    assert host[0] is inner
-
-
-@BOTH
-def test_a_copy_of_host_and_memory_is_another_pair(wrap: bool) -> None:
-    host, x = make_host("gpt2"), make_inputs("gpt2")
-    plain = read(host, x)
-    memory = Skip.attach(host, wrap=wrap)
-    expected = read(host, x)
-    twin, own = copy.deepcopy((host, memory))
-    assert own.host is twin
-    assert torch.equal(read(twin, x), expected)
-    with torch.no_grad():
-        own.gain.zero_()
-    assert not torch.equal(read(twin, x), expected)
-    own.enabled = False
-    assert torch.equal(read(host, x), expected)
-    memory.detach()
-    assert torch.equal(read(host, x), plain)
-    own.enabled = True
-    own.reset()
-    assert torch.equal(read(twin, x), expected)
-    assert not any(parameter.requires_grad for parameter in twin.parameters())
-    own.detach()
-    assert torch.equal(read(twin, x), plain)
-    assert all(parameter.requires_grad for parameter in twin.parameters())
-    assert not any(module._forward_hooks for module in twin.modules())
-
-
-@BOTH
-def test_a_copy_of_the_host_alone_has_a_memory_of_its_own(wrap: bool) -> None:
-    host, x = stack(), inputs()
-    memory = Skip.attach(host, wrap=wrap)
-    expected, twin = host(x), copy.deepcopy(host)
-    with torch.no_grad():
-        memory.gain.zero_()
-    memory.detach()
-    assert torch.equal(twin(x), expected)
 
 
 # Compiled

@@ -122,6 +122,39 @@ def test_a_host_on_the_meta_device_is_read_without_numbers() -> None:
     assert find_feed_forwards(host)["0"].dim == 8
 
 
+def test_the_comparison_with_the_formula_is_on_the_device_of_the_host() -> None:
+    host = nn.ModuleList([SwiGLU(8, hidden_dim=12)])
+    with torch.device("meta"):
+        assert find_feed_forwards(host)["0"].width == 12
+
+
+def test_a_feed_forward_that_many_layers_share_is_named_once() -> None:
+    layer = SwiGLU(8, hidden_dim=12)
+    host = nn.ModuleDict({"a": layer, "b": nn.ModuleDict({"c": layer})})
+    with pytest.raises(ValueError, match=r"sites 'a' and 'b\.c' are one module"):
+        find_feed_forwards(host)
+    assert list(find_feed_forwards(host, ["b.c"])) == ["b.c"]
+
+
+def test_of_two_feed_forwards_a_layer_the_right_ones_must_be_named() -> None:
+    host = timm.create_model("mixer_s32_224", img_size=32, num_classes=5)
+    assert isinstance(host.blocks, nn.Sequential)
+    with pytest.raises(ValueError, match="has 8 layers, and 16 feed-forwards are recognised; name"):
+        find_feed_forwards(host)
+    assert find_feed_forwards(host, ["blocks.0.mlp_channels"])["blocks.0.mlp_channels"].dim == 512
+
+
+def test_gradients_of_another_size_are_forgotten() -> None:
+    host = make_host("plain", torch.float64)
+    site = find_feed_forwards(host)["blocks.0.ffn"]
+    for change in (lambda: site.append(normal(2, DIM), normal(DIM, 2)), lambda: site.remove(2)):
+        site.module(normal(1, 3, DIM)).sum().backward()
+        change()
+        assert [name for name, p in site.module.named_parameters() if p.grad is not None] == ["down.bias"]
+        site.module(normal(1, 3, DIM)).sum().backward()
+        assert all(p.grad.shape == p.shape for p in site.module.parameters())
+
+
 def test_dropout_and_training_mode_are_left_as_they_are() -> None:
     host = nn.ModuleList([timm.layers.Mlp(8, 12, drop=0.5)]).train()
     host[0].drop2.eval()
@@ -191,6 +224,12 @@ def adapted_llama() -> nn.Module:
     return host
 
 
+def twice() -> nn.Module:
+    ffn = SwiGLU(8, hidden_dim=12)
+    ffn.gate = ffn.up
+    return nn.ModuleList([ffn])
+
+
 def tied(first: str, second: str) -> nn.Module:
     host = nn.ModuleDict({name: SwiGLU(8, hidden_dim=8) for name in "ab"})
     host["read"] = nn.Linear(8, 8, bias=False)
@@ -198,21 +237,68 @@ def tied(first: str, second: str) -> nn.Module:
     return host
 
 
+class Scaled(Tensor):
+    """Eight bits and a scale that pass for numbers of 32, as those of torchao."""
+
+    q: Tensor
+
+    @staticmethod
+    def __new__(cls, q: Tensor) -> Tensor:
+        return torch.Tensor._make_wrapper_subclass(cls, q.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def __init__(self, q: Tensor) -> None:
+        self.q = q
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, inputs: Any = (), options: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(inputs[0].q)
+        plain = [part.q.float() / 127 if isinstance(part, cls) else part for part in inputs]
+        return function(*plain, **(options or {}))
+
+
+def as_subclass(layer: nn.Linear) -> nn.Linear:
+    layer.weight = nn.Parameter(Scaled((127 * layer.weight.detach()).to(torch.int8)), requires_grad=False)
+    return layer
+
+
+def one_layer_in_two() -> nn.Module:
+    host = nn.ModuleDict({name: SwiGLU(8, hidden_dim=12) for name in "ab"})
+    host["b"].up = host["a"].up
+    return host
+
+
+def one_bias_in_two() -> nn.Module:
+    host = nn.ModuleDict({name: FeedForward(8, hidden_dim=12, bias=True) for name in "ab"})
+    host["b"].up.bias = host["a"].up.bias
+    return host
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a tensor subclass": (
+        lambda: changed("up", as_subclass),
+        "site '0': up is a Linear, not a plain linear layer .*quantised, sharded or parametrised",
+    ),
+    "one layer in two sites": (one_layer_in_two, "site 'a' shares the matrix or bias of up with another module"),
+    "one layer twice in a site": (
+        twice,
+        "site '0' shares the matrix or bias of gate with another module",
+    ),
+    "one bias in two sites": (one_bias_in_two, "site 'a' shares the matrix or bias of up with another module"),
     "parametrised": (
         lambda: changed("up", nn.utils.parametrizations.weight_norm),
         "site '0': up is a ParametrizedLinear, not a plain linear layer",
     ),
     "parametrised by hooks": (
         lambda: changed("gate", lambda layer: torch.nn.utils.spectral_norm(layer)),
-        "site '0': gate is a Linear, not a plain linear layer .*quantised or parametrised",
+        "site '0': gate is a Linear, not a plain linear layer .*quantised, sharded or parametrised",
     ),
     "quantised": (lambda: changed("down", Quantised), "site '0': down is a Quantised, not a plain"),
     "adapted": (lambda: changed("down", Adapted), "site '0': down is a Adapted, not a plain"),
     "adapted Llama": (adapted_llama, "site 'model.layers.1.mlp': down_proj is a Adapted, not a plain"),
-    "tied sites": (lambda: tied("a.down", "b.down"), "site 'a' shares the matrix of down with another module"),
-    "tied in a site": (lambda: tied("b.gate", "b.up"), "site 'b' shares the matrix of gate with another"),
-    "tied elsewhere": (lambda: tied("read", "b.up"), "site 'b' shares the matrix of up with another .*untie"),
+    "tied sites": (lambda: tied("a.down", "b.down"), "site 'a' shares the matrix or bias of down with another module"),
+    "tied in a site": (lambda: tied("b.gate", "b.up"), "site 'b' shares the matrix or bias of gate with another"),
+    "tied elsewhere": (lambda: tied("read", "b.up"), "site 'b' shares the matrix or bias of up with another .*untie"),
     "norm": (
         lambda: nn.ModuleList([timm.layers.Mlp(8, 12, norm_layer=nn.LayerNorm)]),
         "site '0' has a LayerNorm between its matrices",

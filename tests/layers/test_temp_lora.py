@@ -263,6 +263,38 @@ def test_subclasses_of_linear_layers_are_left_out() -> None:
     assert TempLoRA.attach(host).sites == ("0",)
 
 
+def test_layers_whose_weight_is_a_subclass_are_left_out() -> None:
+    class Sharded(Tensor):
+        """Stands for the tensors of torchao and of DTensor."""
+
+    host = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    data = host[1].weight.detach().as_subclass(Sharded)
+    host[1].weight = nn.Parameter(data)
+    assert TempLoRA.attach(host).sites == ("0",)
+    with pytest.raises(ValueError, match=r"site '1' is a Linear, not a plain linear layer .*sharded"):
+        TempLoRA.attach(host, sites=["1"])
+
+
+def test_a_layer_at_two_places_is_merged_as_one() -> None:
+    layer = nn.Linear(8, 8)
+    host, x = nn.ModuleDict({"a": layer, "b": layer}).eval(), inputs()
+    memory = learn(TempLoRA.attach(host))
+    beside = host["b"](x)
+    memory.merge()
+    torch.testing.assert_close(host["b"](x), beside, rtol=0, atol=1e-5)
+
+
+def test_what_is_merged_for_good_needs_no_copies() -> None:
+    host, x = stack(), inputs()
+    memory = learn(TempLoRA.attach(host))
+    memory.merge()
+    assert len(memory._bases) == len(memory.sites)
+    merged = host(x)
+    memory.detach()
+    assert memory._bases == []
+    assert torch.equal(host(x), merged)
+
+
 def tied() -> Any:
     host = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
     host["b"].weight = host["a"].weight

@@ -33,6 +33,7 @@ class LowRank(SideMemory):
         self.dropout = dropout
         self.calls: list[str] = []
         self.reset()
+        self._install()
 
     def reset(self) -> None:
         self.calls.append("reset")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from memzoo.lit_modules import CausalLMModule
 from memzoo.lit_modules.data import BookChunks, BookStreamData, TextData
 from memzoo.lit_modules.data.corpus import NOT_SOURCES, find_longest_files, find_text_files
+from memzoo.lit_modules.data.shards import TokenCache
 from memzoo.lit_modules.objective import NOT_SCORED, NextTokens
 from tests.lit_modules.processes import run_two
 
@@ -279,17 +280,46 @@ def test_bytes_of_a_trained_tokenizer(folder: Path, tmp_path: Path):
     assert begun.test_bytes_per_token > 1.1
 
 
-def test_held_out_batches_are_the_first_of_validation_each_time(folder: Path):
+def test_held_out_batches_are_spread_over_validation_and_the_same_each_time(folder: Path):
     data = small(folder, held_out=2)
-    batches = data.held_out_batches()
-    expected = list(data.val_dataloader())[:2]
+    batches, rows = data.held_out_batches(), data.validation_rows
+    count = 2 * data.batch_size
+    assert len(rows) > 2 * count, "rows between those that are taken"
     for _ in range(2):
         assert len(batches) == 2
-        assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(batches, expected, strict=True))
+        tokens = torch.cat([batch["tokens"] for batch in batches])
+        assert torch.equal(tokens, torch.stack([rows[i * len(rows) // count]["tokens"] for i in range(count)]))
     everything = small(folder, held_out=1000).held_out_batches()
     assert len(everything) == len(data.val_dataloader()) > 2
     of_a_device = on_devices(small(folder, contiguous=True), 2, 1).held_out_batches()
     assert len(next(iter(of_a_device))["tokens"]) == 4
+
+
+def test_a_checkpoint_knows_what_it_has_seen(folder: Path):
+    data = small(folder)
+    data.setup()
+    other = small(folder)
+    other.setup()
+    other.load_state_dict(data.state_dict())
+    seen = {document.name for document in TokenCache(data.cache_dir / data._keys[0]).documents}
+    book = next(iter(sorted(seen)))
+    with_another = small(folder, books=[str(path) for path in folder.rglob(book)])
+    with_another.setup()
+    with pytest.raises(ValueError, match=rf"books: \['{book}'\] are among what the checkpoint was trained"):
+        with_another.load_state_dict(data.state_dict())
+
+
+def test_books_of_one_name_are_numbered(tmp_path: Path, cache: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "book.txt").write_text(f"the book {name} " * 20)
+    (tmp_path / "text.txt").write_text("other words " * 200)
+    books = [str(tmp_path / name / "book.txt") for name in ("a", "b")]
+    data = BookStreamData(
+        tmp_path / "text.txt", books=books, chunk_length=8, window=8, sequence_length=8, cache_dir=cache
+    )
+    data.setup()
+    assert data.book_names == ["book.txt (1)", "book.txt (2)"]
 
 
 def on_devices(data: BookStreamData, devices: int, rank: int) -> BookStreamData:

@@ -54,7 +54,12 @@ def test_the_figure_has_a_line_with_memory_and_a_dashed_one_without_for_every_do
     ]  # fmt: skip
     assert list(drawn[0].get_ydata()) == pytest.approx([4.0, 2**1.5])
     assert list(below.lines[0].get_ydata()) == pytest.approx([0.0, 0.5])
-    assert [text.get_text() for text in above.get_legend().get_texts()] == ["one", "two", "without memory"]
+    assert [text.get_text() for text in above.get_legend().get_texts()] == [
+        "one",
+        "two",
+        "with memory",
+        "without memory",
+    ]
     assert "byte" in below.get_ylabel()
     assert above.get_title() == "locas"
 
@@ -66,6 +71,31 @@ def test_the_figure_has_one_panel_where_nothing_was_compared_and_no_legend_of_ma
     _, (panel,) = perplexity_figure(many, [str(number) for number in range(9)])
     assert panel.get_legend() is None
     assert len(panel.lines) == 9
+
+
+def test_names_that_matplotlib_would_leave_out_are_in_the_legend():
+    _, (panel,) = perplexity_figure(PLAIN, ["_pydecimal.py"])
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["_pydecimal.py"]
+
+
+class Fails(Stream):
+    """Something goes wrong behind the third chunk."""
+
+    def test_dataloader(self):
+        for index, batch in enumerate(super().test_dataloader()):
+            if index == 3:
+                raise RuntimeError("the disk is gone")
+            yield batch
+
+
+def test_what_was_read_before_a_failure_is_written(tmp_path, monkeypatch):
+    register_low_rank(monkeypatch)
+    lit = module()
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        trainer(StreamFigure(), logger=CSVLogger(tmp_path, "run")).test(lit, datamodule=Fails(), verbose=False)
+    (table,) = tmp_path.rglob("stream.csv")
+    assert len(table.read_text().splitlines()) == 1 + len(lit.stream) >= 3
+    assert list(tmp_path.rglob("stream.png"))
 
 
 def test_the_table_has_a_row_for_every_chunk(tmp_path):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from memzoo.arch import create_model
 from memzoo.arch.hugging_face import HuggingFaceLM
+from memzoo.layers import Locas
 from memzoo.layers.reference.locas import stream as reference_stream
 from memzoo.lit_modules import CausalLMModule, ProgressBar, TestTimeTrainingModule
 from memzoo.lit_modules.objective import NextTokens
@@ -18,6 +19,8 @@ from memzoo.lit_modules.test_time_training import EPS, _Learner
 from tests.lit_modules.stream_cases import (
     CHUNK,
     LENGTHS,
+    SIZES,
+    WINDOW,
     LowRank,
     Stream,
     host,
@@ -165,14 +168,14 @@ def test_reused_states_are_those_behind_the_chunk_before(name):
     streamed(lit)
     memory, expected, expected_plain = LowRank(model), [], []
     optimizer = torch.optim.AdamW(memory.parameters(), lr=0.05, eps=EPS, weight_decay=0.0)
-    state = plain_state = None
+    state = None
     for index, batch in enumerate(batch for batch in Stream().test_dataloader() if batch["document"] == 0):
         start = 0 if index % 3 == 0 else int(batch["prefix"])
         with torch.no_grad(), memory.disabled():
-            plain, plain_state = chunk_loss(model, batch, None if index % 3 == 0 else plain_state, start)
+            plain, beginning = chunk_loss(model, batch, None, 0)
         expected_plain.append(plain.item())
         if index == 0:
-            state = plain_state
+            state = beginning
             expected.append(plain.item())
             continue
         optimizer.param_groups[0]["lr"] = 0.05 * min(index / 2, 1)
@@ -187,7 +190,7 @@ def test_reused_states_are_those_behind_the_chunk_before(name):
     again = module(model=model)
     streamed(again)
     assert losses(again)[1] != pytest.approx(losses(lit)[1], rel=1e-9), "the prefix was read anew"
-    assert again._states == {}
+    assert again._state is None
 
 
 @pytest.mark.parametrize("memory", ["locas", "temp_lora"])
@@ -432,6 +435,10 @@ def test_a_fit_trains_the_host_as_ever_and_its_checkpoint_is_streamed(tmp_path):
     [
         ({"memory": "low_rnk"}, "memory='low_rnk' is not one of .*did you mean 'low_rank'"),
         ({"memory": None, "memory_options": {"rank": 2}}, "memory_options=.* are of a memory, but memory=None"),
+        (
+            {"memory": "locas", "memory_options": {"rank": 4, "batch_size": 2}},
+            "memory_options: batch_size=2 .* one row",
+        ),
         ({"memory_options": {"rnk": 2}}, "memory_options={'rnk': 2} are not those of memory='low_rank'.*'rnk'"),
         ({"memory_learning_rate": -1.0}, "memory_learning_rate=-1.0 is not a finite number >= 0"),
         ({"memory_weight_decay": -1.0}, "memory_weight_decay=-1.0 is not a finite number >= 0"),
@@ -464,6 +471,34 @@ class Unprepared(Stream):
 def test_a_trainer_in_inference_mode_is_refused_before_data_are_prepared():
     with pytest.raises(ValueError, match=r"inference_mode=True.*use Trainer\(inference_mode=False\)"):
         streamed(module(), Unprepared(), inference_mode=True)
+
+
+def test_weights_that_nobody_trained_are_pointed_out():
+    named = TestTimeTrainingModule("transformer_tiny", dict(SIZES), memory="low_rank", retention=False)
+    with pytest.warns(UserWarning, match="model='transformer_tiny' is streamed with the weights it was drawn with"):
+        streamed(named)
+
+
+def test_a_model_without_room_for_what_is_read_in_one_piece_is_refused():
+    model = create_model("gpt_tiny", **SIZES | {"context": 20})
+    data = Stream(window=WINDOW)
+    data.window, data.chunk_length = WINDOW, CHUNK
+    with pytest.raises(ValueError, match=rf"window={WINDOW} and reuse_state=2 have the model read 22 tokens"):
+        streamed(module(model=model, reuse_state=2), data)
+    streamed(module(model=model, reuse_state=1), data)
+
+
+def test_what_each_document_has_left_is_kept_if_asked(tmp_path):
+    model = host()
+    lit = module(model=model, memory="locas", memory_options={"rank": 4}, memory_folder=str(tmp_path / "kept"))
+    streamed(lit)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["0.safetensors", "1.safetensors"]
+    memory = Locas.attach(model, rank=4)
+    memory.load(tmp_path / "kept" / "1.safetensors")
+    batch = NextTokens.of(next(iter(Stream().held_out_batches())))
+    with torch.no_grad():
+        loss = batch.mean(batch.losses(model(batch.inputs)[0]))
+    assert loss.item() == pytest.approx(lit.held_out_after[1], rel=0.2)
 
 
 def test_retention_needs_held_out_text():

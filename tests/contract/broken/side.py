@@ -27,7 +27,7 @@ class Turns(SideMemory):
 
     @classmethod
     def attach(cls, model, *, rank=2, sites=None, wrap=False):
-        return cls(model, find_feed_forwards(model, sites), rank=rank, wrap=wrap)
+        return cls(model, find_feed_forwards(model, sites), rank=rank, wrap=wrap)._install()
 
     def beside(self, index, x, y):
         return y + F.linear(F.linear(y, self.down[index].to(y.dtype)), self.up[index].to(y.dtype))
@@ -76,7 +76,7 @@ class Replaces(SideMemory):
     @classmethod
     def attach(cls, model, *, slots=3, sites=None, wrap=False):
         name, site = next(iter(find_feed_forwards(model, sites).items()))
-        return cls(model, {name: site.module}, slots=slots, wrap=wrap)
+        return cls(model, {name: site.module}, slots=slots, wrap=wrap)._install()
 
     def memorize(self, inputs):
         self.reading = True
@@ -139,8 +139,8 @@ class LeavesItsHooks(Turns):
 @fails("detached_the_host_is_what_it_was")
 class LeavesTheHostFrozen(Turns):
     def detach(self):
-        self._flags = []
         super().detach()
+        self.host.requires_grad_(False)
 
 
 @fails("reset_the_host_is_what_it_was", "after_a_reset_it_learns_the_same_again")
@@ -176,9 +176,10 @@ class TakesAParameter(Turns):
 
 @fails("only_the_memory_learns")
 class ThawsTheHost(Turns):
-    def __init__(self, host, *args, **options):
-        super().__init__(host, *args, **options)
-        host.requires_grad_(True)
+    def _install(self):
+        super()._install()
+        self.host.requires_grad_(True)
+        return self
 
 
 @fails("only_the_memory_learns")
