@@ -39,7 +39,7 @@ def perplexity_figure(
     """
     documents = by_document(scores)
     compared = any(score.plain_loss_sum is not None for score in scores)
-    figure = Figure(figsize=(6.4, 6.0 if compared else 4.0), layout="constrained")
+    figure = Figure(figsize=(7.6, 6.0 if compared else 4.0), layout="constrained")
     axes = list(figure.subplots(1 + compared, sharex=True, squeeze=False)[:, 0])
     for index, own in enumerate(documents.values()):
         ends = [score.position + score.tokens for score in own]
@@ -70,7 +70,8 @@ def _legend(axes: Axes, names: Sequence[str], *, compared: bool) -> None:
     if compared:
         handles += [Line2D([], [], color="0.4"), Line2D([], [], color="0.4", linestyle="--", linewidth=1)]
         names = [*names, "with memory", "without memory"]
-    legend = axes.legend(handles, [f"{number}" for number in range(len(handles))], fontsize=8)
+    numbers = [f"{number}" for number in range(len(handles))]
+    legend = axes.legend(handles, numbers, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)
 
