@@ -11,9 +11,11 @@ from memzoo.layers.cross_attention import CrossAttention, SharedKeys
 from memzoo.layers.deltanet import DeltaNet
 from memzoo.layers.differential_attention import DifferentialAttention
 from memzoo.layers.feedforward import FeedForward, SwiGLU
+from memzoo.layers.fine_tuning import FineTuning
 from memzoo.layers.gated_deltanet import GatedDeltaNet
 from memzoo.layers.gated_linear_attention import GatedLinearAttention
 from memzoo.layers.gated_memory_unit import GatedMemoryUnit
+from memzoo.layers.grace import Grace
 from memzoo.layers.graph_memory_cell import GraphMemoryCell
 from memzoo.layers.kimi_delta_attention import KimiDeltaAttention
 from memzoo.layers.linear_attention import LinearAttention
@@ -47,6 +49,7 @@ from memzoo.layers.side_memory import SideMemory
 from memzoo.layers.state import MixerState, State
 from memzoo.layers.temp_lora import TempLoRA
 from memzoo.layers.trace import Trace
+from memzoo.layers.wise import Wise
 
 __all__ = [
     "MATRIX_RULES",
@@ -63,9 +66,11 @@ __all__ = [
     "Embedder",
     "FeedForward",
     "Fetched",
+    "FineTuning",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedMemoryUnit",
+    "Grace",
     "GraphMemoryCell",
     "HashedNgrams",
     "KimiDeltaAttention",
@@ -111,6 +116,7 @@ __all__ = [
     "SwiGLU",
     "TempLoRA",
     "Trace",
+    "Wise",
     "create_layer",
     "delta_memory",
     "layer_entry",

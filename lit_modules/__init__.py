@@ -13,15 +13,19 @@ if TYPE_CHECKING:
     from memzoo.lit_modules.data import (
         BookStreamData,
         ClusteredTextData,
+        FactData,
         PhoneBookData,
         RecallData,
+        RelabelData,
         TextData,
         TopicData,
         TreeBucketedSampler,
     )
+    from memzoo.lit_modules.editing_figures import EditingFigures
     from memzoo.lit_modules.graph_memory import GraphMemoryUpkeep
     from memzoo.lit_modules.memory_bank import MemoryBankModule
     from memzoo.lit_modules.memory_figures import MemoryFigure
+    from memzoo.lit_modules.model_editing import ModelEditingModule
     from memzoo.lit_modules.mup import MuPlusPlus, coordinate_check
     from memzoo.lit_modules.progress import ProgressBar
     from memzoo.lit_modules.stream import ChunkScore
@@ -34,14 +38,18 @@ _HOMES = {
     "CausalLMModule": "causal_lm",
     "ChunkScore": "stream",
     "ClusteredTextData": "data",
+    "EditingFigures": "editing_figures",
+    "FactData": "data",
     "GraphMemoryUpkeep": "graph_memory",
     "LossFigure": "callbacks",
     "MemoryBankModule": "memory_bank",
     "MemoryFigure": "memory_figures",
+    "ModelEditingModule": "model_editing",
     "MuPlusPlus": "mup",
     "PhoneBookData": "data",
     "ProgressBar": "progress",
     "RecallData": "data",
+    "RelabelData": "data",
     "SampleText": "callbacks",
     "StreamFigure": "stream_figures",
     "Summary": "callbacks",
@@ -59,14 +67,18 @@ __all__ = [
     "CausalLMModule",
     "ChunkScore",
     "ClusteredTextData",
+    "EditingFigures",
+    "FactData",
     "GraphMemoryUpkeep",
     "LossFigure",
     "MemoryBankModule",
     "MemoryFigure",
+    "ModelEditingModule",
     "MuPlusPlus",
     "PhoneBookData",
     "ProgressBar",
     "RecallData",
+    "RelabelData",
     "SampleText",
     "StreamFigure",
     "Summary",

@@ -126,6 +126,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "inputs": {"rank": 4, "init": "activation"},
     },
     "temp_lora": {"narrow": {"rank": 3, "alpha": 1.5}},
+    "grace": {"first": {"token": "first", "radius": 1e-6, "sticky": False}},
 }
 # With memories to read, which the registered layers do without: fetched for the rows of every call.
 FETCHED = [
@@ -137,10 +138,19 @@ FETCHED = [
 ]
 # Of rows with a memory each, the weights can take in one.
 ONE_ROW = {MERGE: "merge(row=...) takes one row's memory, not those of all"}
+# What a row is asked at its end decides what stands before it.
+DECIDED_LATER = {
+    "the_future_is_not_seen": "replace='all' changes every token once the last has found an entry",
+    "a_fresh_memory_changes_nothing": "replace='all' has every token say what the last one says",
+}
 PARTS = [EXAMPLE, *FETCHED]
 PARTS += [Part.of(layer_entry(name)) for name in list_layers()]
 PARTS += [Part.of(layer_entry(n), label, **options) for n, sets in VARIANTS.items() for label, options in sets.items()]
 PARTS += [replace(Part.of(layer_entry("locas"), "rows", rank=6, batch_size=BATCH), skips=ONE_ROW)]
+# Without a router everything reads the side memory, as edits made it or not: what a router leaves to the host is there.
+PARTS += [replace(Part.of(layer_entry("wise"), "unrouted", threshold_ratio=0.0, mask="bernoulli"), skips={})]
+GRACE = layer_entry("grace")
+PARTS += [replace(Part.of(GRACE, "all", replace="all"), skips={**GRACE.skips, **DECIDED_LATER})]
 CASES = cases(PARTS)
 
 

@@ -30,6 +30,7 @@ TEXT = [name for name in TINY if data_of(name) == "TextData"]
 RECALL = [name for name in TINY if data_of(name) == "RecallData"]
 PHONE_BOOK = [name for name in TINY if data_of(name) == "PhoneBookData"]
 TOPICS = [name for name in TINY if data_of(name) == "TopicData"]
+FACTS = [name for name in TINY if data_of(name) == "FactData"]
 STREAMS = [name for name in TINY if data_of(name) == "BookStreamData"]
 CLUSTERED = [name for name in TINY if data_of(name) == "ClusteredTextData"]
 SHARDED = [name for name in RECIPES if "strategy" in read(name)["trainer"]]
@@ -44,18 +45,19 @@ def test_every_recipe_of_the_package_is_found():
     others += ["locas/hf_stream", "locas/stream_tiny"]
     others += ["mamba/mamba2_tiny", "mamba/mamba_tiny", "mom/340m", "mom/mqar_tiny", "mom/tiny"]
     others += [f"sambay/{name}" for name in ("d16", "d8", "phone_book_tiny", "tiny")]
-    assert [*others, *titans, "transformer/tiny"] == RECIPES
+    last = ["transformer/tiny", "wise/facts_host", "wise/facts_tiny"]
+    assert [*others, *titans, *last] == RECIPES
 
 
 def test_every_tiny_recipe_is_of_a_kind_that_is_tested():
-    assert {*TEXT, *RECALL, *PHONE_BOOK, *TOPICS, *CLUSTERED, *STREAMS} == {*TINY}
+    assert {*TEXT, *RECALL, *PHONE_BOOK, *TOPICS, *CLUSTERED, *STREAMS, *FACTS} == {*TINY}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_parses_with_unknown_keys_refused(name, capsys):
     assert main(["fit", "--config", f"{name}.yaml", "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    model, written = printed["model"]["init_args"]["model"], read(name)["model"]["init_args"]["model"]
+    model, written = printed["model"]["init_args"]["model"], read(name)["model"]["init_args"].get("model")
     assert model == written or model["init_args"].items() >= written["init_args"].items()
 
 
@@ -77,6 +79,9 @@ def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
     small = ["--data.batch_size", "2"]
     if name in [*TEXT, *CLUSTERED, *STREAMS]:
         small += ["--data.paths", "text.txt", "--data.cache_dir", "cache", "--data.sequence_length", "32"]
+    if name in FACTS:
+        small += ["--data.num_facts", "40", "--data.num_edits", "4", "--model.model", "transformer_tiny"]
+        small += ["--model.editor_options.max_steps", "1"]
     if name in STREAMS:
         small += ["--data.books", "book.txt", "--data.max_book_tokens", "300"]
     if name in CLUSTERED:
