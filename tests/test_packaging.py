@@ -23,7 +23,7 @@ NOT_IMPORTED = {
     "einops": "part of the core that every layer may use; none does yet",
     "timm": "part of the core that every backbone may use; none does yet",
 }
-IMPORT_NAMES = {"fla-core": "fla"}  # where it is not the name of the distribution
+IMPORT_NAMES = {"fla-core": "fla", "scikit-learn": "sklearn"}  # where it is not the name of the distribution
 
 
 def names(requirements: list[str]) -> set[str]:

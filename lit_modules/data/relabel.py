@@ -287,8 +287,8 @@ def load_digits() -> tuple[Tensor, Tensor]:
         from sklearn import datasets
     except ImportError as error:
         raise ValueError(
-            "images=None are the digits of scikit-learn, which is missing; pip install scikit-learn, or pass images "
-            "and labels"
+            "images=None are the digits of scikit-learn, which is missing; pip install 'memzoo[digits]', or pass "
+            "images and labels"
         ) from error
     images, labels = datasets.load_digits(return_X_y=True)
     pixels = torch.from_numpy(images).float().view(-1, 1, 8, 8)

@@ -65,9 +65,9 @@ def test_12_a_new_process_reads_the_same_to_the_bit(tmp_path):
         save_model(host, str(tmp_path / f"{name}.host"))
         memory.save(tmp_path / f"{name}.memory")
         expected[name] = read(host, inputs)
-    environment = os.environ | {"PYTHONPATH": ""}
-    arguments = [sys.executable, "-c", LOAD, str(tmp_path), *expected]
     root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}  # for the hosts of these tests
+    arguments = [sys.executable, "-c", LOAD, str(tmp_path), *expected]
     done = subprocess.run(arguments, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "logits")
