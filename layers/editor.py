@@ -135,30 +135,6 @@ class Editor(SideMemory):
         finally:
             self._counted = before
 
-    def new_prompt(self) -> None:
-        """Forget what the last call decided, where an editor keeps that for the next; ``enabled`` does it, too."""
-
-    # On and off
-
-    @property
-    def enabled(self) -> bool:
-        """Whether calls of the host include it; setting it starts a new prompt."""
-        return super().enabled
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        SideMemory.enabled.__set__(self, value)  # type: ignore[attr-defined]
-        self.new_prompt()
-
-    @contextmanager
-    def disabled(self) -> Iterator[Self]:
-        """Leave it out of the calls inside, which are prompts apart from those before and after."""
-        with super().disabled():
-            try:
-                yield self
-            finally:
-                self.new_prompt()
-
     # Parts
 
     def _masking(self, mask: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -112,6 +113,9 @@ class SideMemory(nn.Module):
     def constrain(self) -> None:
         """Bring the parameters back to where they may be; call it after each step of an optimiser."""
 
+    def new_prompt(self) -> None:
+        """Forget what the last call decided, where a memory keeps that for the next; ``enabled`` does it, too."""
+
     def _append(self) -> None:
         """Put what is known into the host's weights."""
         raise NotImplementedError
@@ -146,7 +150,7 @@ class SideMemory(nn.Module):
 
     @property
     def enabled(self) -> bool:
-        """Whether calls of the host include it; True at first."""
+        """Whether calls of the host include it; True at first. Setting it starts a new prompt."""
         return self._enabled
 
     @enabled.setter
@@ -154,16 +158,18 @@ class SideMemory(nn.Module):
         if self._merged and not value:
             raise ValueError("enabled=False cannot leave out a memory that is part of the host's weights; unmerge() it")
         self._enabled = value
+        self.new_prompt()
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
-        """Leave it out of the calls inside."""
+        """Leave it out of the calls inside, which are prompts apart from those before and after."""
         before = self.enabled
         self.enabled = False
         try:
             yield self
         finally:
             self._enabled = before
+            self.new_prompt()
 
     def detach(self) -> None:
         """Take it off the host, for good; what is merged stays in the host's weights. A second time does nothing.
@@ -246,10 +252,15 @@ class SideMemory(nn.Module):
         """Write it to a safetensors file; a file of that name is replaced when the new one is whole."""
         from safetensors.torch import save_file
 
-        whole = f"{os.fspath(path)}.part"
+        target = Path(path)
+        unfinished = target.with_name(target.name + ".partial")
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, whole, metadata={"memory": type(self).__name__, "options": json.dumps(self._describe())})
-        os.replace(whole, path)
+        said = {"memory": type(self).__name__, "options": json.dumps(self._describe())}
+        try:
+            save_file(tensors, unfinished, metadata=said)
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read a file that ``save`` wrote, of a memory with the same options on a host of the same sizes.

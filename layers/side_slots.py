@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from memzoo.layers.nonlinear_svd import nonlinear_svd
 from memzoo.layers.ops.precision import no_autocast, wider
@@ -17,25 +16,10 @@ EMPTY = -1  # what `rows` says of a slot that holds nothing
 WRITTEN = -2  # and of one that holds no clone of a slot of the host
 
 
-_STEPS = [0]  # of all optimisers: fused ones change parameters, whose versions stay what they were
-
-
-def _count_step(*_: Any) -> None:
-    if not torch.compiler.is_compiling():  # what is compiled does change versions
-        _STEPS[0] += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
 class SideSlots(nn.Module):
     """``y + tau * S(x)``, with ``S(x) = (act(x G^T) * (x K^T)) V``, or ``act(x K^T) V`` without a gate.
 
     What is read of a slot is at most one long: ``w / max(|w|, 1)`` for its row of G, of K and of V (biases are left).
-
-    While no gradient is recorded, what is read is kept until an optimiser steps, or a parameter or ``tau`` changes.
-    PyTorch does not count writes by hand through ``.data``: after them only a call that records gradients, or
-    ``forget()``, reads anew.
 
     Args:
         slots: How many, all empty: zeros, which add nothing.
@@ -86,7 +70,6 @@ class SideSlots(nn.Module):
     ) -> None:
         super().__init__()
         self.__dict__["activation"] = activation  # the host's, which may be a module: not a submodule
-        self._kept: _Kept | None = None
         self.clip = clip
         lead = () if batch_size is None else (batch_size,)
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -129,36 +112,14 @@ class SideSlots(nn.Module):
         shared = self.rows.dim() == 1
         if not shared:
             check_rows(x, len(self.rows), index)
-        read, first = self._read(x, y, index), 0 if shared else 1
+        read, first = self._cast(x, y, index), 0 if shared else 1
         hidden = self._hidden(x.flatten(first, -2), read).to(y.dtype)
         with _no_autocast(y.device):  # which would round a wider y
             product = torch.addmm if shared else torch.baddbmm
             return product(y.flatten(first, -2), hidden, read["value"]).view_as(y)
 
-    def _read(self, x: Tensor, y: Tensor, index: Tensor | None) -> dict[str, Tensor]:
-        """Return ``effective()`` in the dtype of ``x``, and ``value`` times ``tau`` in that of ``y``."""
-        if torch.compiler.is_compiling() or not self._can_keep():
-            return self._cast(x, y, index)
-        if torch.is_grad_enabled():
-            self.forget()
-            return self._cast(x, y, index)
-        sources = [p for p in (*self._parameters.values(), self.tau) if p is not None]
-        state = x.dtype, y.dtype, _STEPS[0], _stream(self.tau), *((p.data_ptr(), p._version) for p in sources)
-        kept = self._kept
-        if kept is None or kept.state != state or kept.chosen is not index:
-            # Sources are held, so that no other tensor gets their address.
-            kept = _Kept(state, index, self._cast(x, y, index), [p.detach() for p in sources])
-            self._kept = kept
-        return kept.read
-
-    def _can_keep(self) -> bool:
-        """Whether what is read is known to be the numbers of this call, and stays outside of recorded graphs."""
-        own = [parameter for parameter in self._parameters.values() if parameter is not None]
-        if any(type(p) is not nn.Parameter or p.is_inference() for p in own):
-            return False  # torch.func puts others in their place; inference tensors do not count writes
-        return self.tau.device.type == "cpu" or (self.tau.is_cuda and not torch.cuda.is_current_stream_capturing())
-
     def _cast(self, x: Tensor, y: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+        """Return ``effective()`` in the dtype of ``x``, and ``value`` times ``tau`` in that of ``y``."""
         effective = self.effective()
         value = (self.tau * effective.pop("value")).to(y.dtype)
         read = {name: tensor.to(x.dtype) for name, tensor in effective.items()} | {"value": value}
@@ -171,18 +132,6 @@ class SideSlots(nn.Module):
         if "gate" not in read:
             return self.activation(up)
         return self.activation(_product(x, read["gate"], read.get("gate_bias"))) * up
-
-    def forget(self) -> None:
-        """Drop what is kept of reading."""
-        if self._kept is not None:
-            self._kept = None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.forget()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}  # not in copies
 
     @torch.no_grad()
     def fill(self, rows: Tensor, **tensors: Tensor) -> None:
@@ -205,7 +154,6 @@ class SideSlots(nn.Module):
             parameter.zero_()
             parameter.grad = None
         self.rows.fill_(EMPTY)
-        self.forget()
 
     @torch.no_grad()
     def project(self) -> None:
@@ -233,25 +181,11 @@ class SideSlots(nn.Module):
     @torch.no_grad()
     def expand(self, extra: int) -> None:
         """Add empty slots; the parameters are new objects."""
-        self.forget()
         lead = self.rows.shape[:-1]
         self.rows = torch.cat([self.rows, self.rows.new_full((*lead, extra), EMPTY)], -1)
         for name, parameter in list(self.named_parameters(recurse=False)):
             extension = parameter.new_zeros(*lead, extra, *parameter.shape[self.rows.dim() :])
             setattr(self, name, nn.Parameter(torch.cat([parameter, extension], len(lead))))
-
-
-class _Kept(NamedTuple):
-    """What was read, and of which state of what."""
-
-    state: tuple[Any, ...]
-    chosen: Tensor | None
-    read: dict[str, Tensor]
-    sources: list[Tensor]
-
-
-def _stream(tensor: Tensor) -> int | None:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -13,6 +13,7 @@ import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from memzoo.layers.errors import check_positive
@@ -321,6 +322,23 @@ def say(trainer: Trainer, text: str) -> None:
     """Print without breaking the progress bar."""
     bar = trainer.progress_bar_callback
     (print if bar is None else bar.print)(text)
+
+
+def run_folders(trainer: Trainer) -> list[Path]:
+    """Return the folders of a run, one for every ``CSVLogger``; they are there then."""
+    folders = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folders
+
+
+def write_figure(trainer: Trainer, name: str, figure: Figure) -> None:
+    """Write a figure to ``<name>.png`` in the folders of a run, and to TensorBoard."""
+    for folder in run_folders(trainer):
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, trainer.global_step)
 
 
 def _context(pl_module: LightningModule) -> float:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from memzoo.lit_modules.callbacks import say
+from memzoo.lit_modules.callbacks import run_folders, say, write_figure
 from memzoo.lit_modules.editing_metrics import GENERATED, MEASURES, EditRecord, QuestionKind
 from memzoo.lit_modules.model_editing import ModelEditingModule
 
@@ -114,19 +113,11 @@ class EditingFigures(Callback):
         for measure in MEASURES:
             say(trainer, measure_line(measure, measured, records))
         say(trainer, cost_line(name, measured, records))
-        figures = {"editing": editing_figure(pl_module.evaluations, records, title=name)[0]}
+        for folder in run_folders(trainer):
+            write_records(folder / "edits.csv", records)
+        write_figure(trainer, "editing", editing_figure(pl_module.evaluations, records, title=name)[0])
         if ratios := pl_module.routing():
-            figures["routing"] = routing_figure(ratios, title=name)[0]
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                folder = Path(logger.log_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_records(folder / "edits.csv", records)
-                for title, figure in figures.items():
-                    figure.savefig(folder / f"{title}.png", dpi=150)
-            if isinstance(logger, TensorBoardLogger):
-                for title, figure in figures.items():
-                    logger.experiment.add_figure(title, figure, trainer.global_step)
+            write_figure(trainer, "routing", routing_figure(ratios, title=name)[0])
 
 
 def measure_line(measure: str, measured: Mapping[str, float], records: Sequence[EditRecord]) -> str:

@@ -1,15 +1,13 @@
 """MemoryFigure: what fetched memories are worth, beside generic ones and none."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from memzoo.lit_modules.callbacks import say
+from memzoo.lit_modules.callbacks import say, write_figure
 from memzoo.lit_modules.memory_bank import ANCHOR, GENERIC, MemoryBankModule
 
 READINGS = {"": "fetched blocks", GENERIC: "generic blocks", ANCHOR: "no memory"}
@@ -78,9 +76,4 @@ class MemoryFigure(Callback):
         for name, row in table.items():
             say(trainer, f"{name}: right with " + ", ".join(f"{label} {share:.1%}" for label, share in row.items()))
         figure, _ = accuracy_figure(table, title="right answers of the last validation")
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
-                figure.savefig(Path(logger.log_dir) / "memories.png", dpi=150)
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("memories", figure, trainer.global_step)
+        write_figure(trainer, "memories", figure)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NOT_SCORED = -100  # label of a position that nothing is asked of; what torch's cross entropy ignores
+from memzoo.layers.editor import NOT_SCORED as NOT_SCORED
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from memzoo.lit_modules.callbacks import say
+from memzoo.lit_modules.callbacks import run_folders, say, write_figure
 from memzoo.lit_modules.causal_lm import data_module
 from memzoo.lit_modules.stream import ChunkScore
 from memzoo.lit_modules.test_time_training import TestTimeTrainingModule
@@ -149,14 +148,9 @@ class StreamFigure(Callback):
             line = document_line(names[document], own, bytes_per_token=size)
             say(trainer, line + held_out_note(change, getattr(data, "bytes_per_token", None)))
         figure, _ = perplexity_figure(scores, names, bytes_per_token=size, title=_title(pl_module.hparams))
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                folder = Path(logger.log_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_scores(folder / "stream.csv", scores, names)
-                figure.savefig(folder / "stream.png", dpi=150)
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("stream", figure, trainer.global_step)
+        for folder in run_folders(trainer):
+            write_scores(folder / "stream.csv", scores, names)
+        write_figure(trainer, "stream", figure)
 
 
 def document_line(name: str, scores: Sequence[ChunkScore], *, bytes_per_token: float | None = None) -> str:

@@ -331,7 +331,7 @@ def test_blocks_that_are_computed_again_have_the_same_gradients(ffn, wrap, batch
     torch.testing.assert_close(found[0], found[1], **EXACT)
 
 
-@pytest.mark.parametrize(("name", "batch_size"), [(GATED, 2), ("gpt2", None)])
+@pytest.mark.parametrize(("name", "batch_size"), [(GATED, 2), pytest.param("gpt2", None, marks=pytest.mark.slow)])
 def test_compiled_in_one_graph_it_is_what_it_is_eagerly(name, batch_size):
     """Wrapped; switching it off, training it and taking it away are seen by the compiled host."""
     torch.compiler.reset()

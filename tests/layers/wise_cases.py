@@ -18,6 +18,7 @@ EDITED = ["ours", "llama", "phi3", "gpt2", "vit"]
 every_host = pytest.mark.parametrize("name", EDITED)
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 QUICK = {"max_steps": 6, "edits_per_shard": 2, "learning_rate": 0.1, "mask_ratio": 0.5}
+SHORT = {"max_steps": 2, "edits_per_shard": 1}
 PROMPT = 4  # tokens of a question
 
 
@@ -112,3 +113,9 @@ def same_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [*actual] == [*expected]
     different = [name for name, tensor in expected.items() if not torch.equal(actual[name], tensor)]
     assert not different, f"{different} differ"
+
+
+def learn(editor: Wise, *seeds: int) -> Wise:
+    for seed in seeds:
+        editor.edit([make_edit(seed)])
+    return editor

@@ -116,3 +116,19 @@ def losses(lit: TestTimeTrainingModule, document: int = 0) -> list[float]:
 
 def plain_losses(lit: TestTimeTrainingModule, document: int = 0) -> list[float]:
     return [score.plain_loss_sum for score in lit.stream if score.document == document]
+
+
+class Memory(pl.Callback):
+    """Keeps the memory of a test, and does something after each chunk."""
+
+    def __init__(self, then=None):
+        self.then = then
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.memory = pl_module.memory
+        if self.then is not None:
+            self.then(pl_module, batch_idx)
+
+
+def targets(batch: dict) -> int:
+    return batch["tokens"].shape[1] - 1 - int(batch["prefix"])

@@ -230,8 +230,15 @@ def growth(build, mup: MuPlusPlus | None) -> dict[str, float]:
     return {name: getattr(last, name) / getattr(first, name) for name in names}
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("build", "base"), [(transformers, MuPlusPlus(32, 2)), (sambays, MuPlusPlus(16, 8))])
+@pytest.mark.parametrize(
+    ("build", "base", "tied"),
+    [
+        (transformers, MuPlusPlus(32, 2), True),
+        (transformers, MuPlusPlus(32, 2), False),
+        (sambays, MuPlusPlus(16, 8), True),
+        pytest.param(sambays, MuPlusPlus(16, 8), False, marks=pytest.mark.slow),
+    ],
+)
 def test_15_width_and_depth_leave_updates_and_residual_outputs_of_order_one(build, base, tied):
     """The rates of embedding and head fall with sqrt(l0 / l), and the logits' updates with them: by 2 at 4 l0."""
     found = growth(partial(build, tied=tied), base)

@@ -71,7 +71,12 @@ def test_a_header_says_what_is_trained_how_to_run_and_override_and_what_to_expec
     assert any("outcome" in line for line in header)
 
 
-@pytest.mark.parametrize("name", TINY)
+def slow_if_another_test_runs_it(name: str) -> list[pytest.MarkDecorator]:
+    """Those of longer rows are run below, and the demo's in its own tests: `make test-all` runs them here, too."""
+    return [pytest.mark.slow] if name in [*LONG, "titans/mac_tiny"] else []
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if_another_test_runs_it(name)) for name in TINY])
 def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 100)
