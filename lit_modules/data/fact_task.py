@@ -68,18 +68,20 @@ class FactTask:
     """Facts "subject relation -> answer", and another answer for each, should it be edited.
 
     There are six relations with four wordings each, and as many subjects as it takes. Subjects and answers are made-up
-    words; an answer is ``answer_words`` of them, each one of ``num_words`` that its relation has for that place, so
-    that no word of an answer gives away the next:
+    words; an answer is ``answer_words`` of them, each one of ``num_words`` that its relation has for that place:
 
         the capital of dorifa is kuleso banuti
 
-    The other answer differs in every word. All wordings are taught to a host: an edit uses the first one alone, the
-    others ask whether it is known there too.
+    Words are dealt out evenly. With as many as there are subjects, no two facts of a relation share one: a host of a
+    few layers holds a question as what it will answer, so to an editor inside it facts with one answer are one. But
+    then the first word of an answer tells the next. The other answer differs in every word, and is made of words that
+    other facts are answered with: a host says no others. All wordings are taught to a host: an edit uses the first one
+    alone, the others ask whether it is known there too.
 
     Args:
         num_facts: Facts.
         answer_words: Words of an answer.
-        num_words: Words to draw each of them from; a fact is ``answer_words * log2(num_words)`` bits.
+        num_words: Words that each of them is one of; those beyond the number of subjects are not used.
         num_prefixes: Prefixes of an edit, each one row more.
         prefix_words: Words of a prefix at most.
         seed: Of all that is drawn. What a fact is asked and answered depends on neither which nor how many are edited.
@@ -205,9 +207,11 @@ class FactTask:
     def _drawn(self) -> np.ndarray:
         """The words of both answers to every fact, (2, num_facts, answer_words); they differ everywhere."""
         rng = np.random.default_rng((self.seed, ANSWERS))
-        shape = self.num_facts, self.answer_words
-        first = rng.integers(self.num_words, size=shape)
-        return np.stack([first, (first + rng.integers(1, self.num_words, size=shape)) % self.num_words])
+        used = max(2, min(self.num_words, self._num_subjects))
+        subjects, relations = np.arange(self._num_subjects), len(RELATIONS)
+        dealt = np.tile(subjects[:, None, None] % used, (1, relations, self.answer_words))
+        first = rng.permuted(dealt, axis=0).reshape(-1, self.answer_words)[: self.num_facts]
+        return np.stack([first, (first + rng.integers(1, used, size=first.shape)) % used])
 
     def _answer(self, fact: int, chosen: Sequence[int] | np.ndarray) -> str:
         first = fact % len(RELATIONS) * self.answer_words

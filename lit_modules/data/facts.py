@@ -61,7 +61,7 @@ class FactData(pl.LightningDataModule):
         num_facts: Synthetic facts.
         num_edits: Edits; by default all rows of the file, or 50 synthetic ones.
         answer_words: As in ``FactTask``, and so up to ``prefix_words``.
-        num_words: Words to draw each word of an answer from.
+        num_words: Words that each word of an answer is one of.
         num_prefixes: Prefixes of an edit.
         prefix_words: Words of a prefix at most, in edits and in the sentences that teach a host.
         prefixes: Texts to put before the question of every edit, each one row more, in place of its own: what the model

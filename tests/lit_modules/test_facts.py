@@ -1,5 +1,6 @@
 """FactData: what a host is taught, what an edit shows, and what is asked after it."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def test_an_edit_changes_every_word_of_an_answer_to_another_of_the_same_relation
     ]
     assert [len(found) for found in by_relation] == [6] * 6  # three places, two words each
     assert len(set.union(*by_relation)) == 36
+
+
+@pytest.mark.parametrize(("num_words", "facts_of_a_word"), [(4, {2, 3}), (10, {1}), (64, {1})])
+def test_words_are_dealt_out_evenly_and_new_answers_are_made_of_the_same(num_words, facts_of_a_word):
+    task = FactTask(60, answer_words=2, num_words=num_words)  # ten subjects
+    for relation in range(6):
+        for place in range(2):
+            before = Counter(task.answer(fact).split()[place] for fact in range(relation, 60, 6))
+            after = {task.new_answer(fact).split()[place] for fact in range(relation, 60, 6)}
+            assert set(before.values()) == facts_of_a_word
+            assert after <= set(before)
 
 
 def test_every_fact_has_its_own_question_in_every_wording():
