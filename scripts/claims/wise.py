@@ -209,8 +209,8 @@ SETTING = (
     "`transformer_tiny` learns 300 synthetic facts in four wordings each; then some are edited one by one, in one of "
     "the wordings, at the feed-forward of its third layer of four. Everything is measured after the last edit: "
     "reliability in that wording, generalisation in the other three, locality of facts that were not edited, half of "
-    "the rest (the other half is what edits see in order to leave it alone). The router of WISE looks at the last token "
-    "of a question, 25 edits make a shard, two shards are merged; all else is the paper's but for the learning rate. "
+    "the rest (the other half is what edits see in order to leave it alone). The router of WISE looks at a question's "
+    "last token, 25 edits make a shard, two shards are merged; all else is the paper's but for the learning rate. "
     "Rates, penalties and the second radius of GRACE were chosen on a host that knows other facts (table `settings`)"
 )
 
