@@ -281,10 +281,11 @@ class ModelEditingModule(LightningModule):
             )
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return none, and silence two warnings of what is meant here.
+        """Return none, and silence three warnings of what is meant here.
 
-        A checkpoint holds the memory after the edit, and edits are measured without a validation.
+        A checkpoint holds the memory after the edit, edits are measured without a validation, and the model evaluates.
         """
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         warnings.filterwarnings("ignore", message="You passed in a `val_dataloader` but have no `validation_step`")
         return cast(list[Callback], super().configure_callbacks())

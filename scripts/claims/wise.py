@@ -143,8 +143,13 @@ def run(editor: str, edits: int, **options: Any) -> Settings:
 
 def wise(mode: str, edits: int, rate: float = 0.1, **options: Any) -> Settings:
     """Return the settings of WISE; only the question's last token counts."""
-    shard = {"edits_per_shard": 25, "reduce": "last", "learning_rate": rate}
+    shard = {"edits_per_shard": 25, "reduce": "last", "learning_rate": rate, "max_steps": 40}
     return run("wise", edits, mode=mode, **shard | options)
+
+
+def grace(edits: int, radius: float) -> Settings:
+    """Return the settings of GRACE."""
+    return run("grace", edits, radius=radius, steps=50)
 
 
 def editors(edits: int) -> dict[str, Settings]:
@@ -152,8 +157,8 @@ def editors(edits: int) -> dict[str, Settings]:
     return {
         "FT": run("fine_tuning", edits, learning_rate=1e-3),
         "FT-L2": run("fine_tuning", edits, learning_rate=1e-3, l2=1e-3),
-        "GRACE": run("grace", edits),
-        "GRACE, radius 0.3": run("grace", edits, radius=0.3),
+        "GRACE": grace(edits, 1.0),
+        "GRACE, radius 0.3": grace(edits, 0.3),
         "WISE-Merge": wise("merge", edits),
         "WISE-Retrieve": wise("retrieve", edits),
     }
@@ -210,7 +215,8 @@ SETTING = (
     "the wordings, at the feed-forward of its third layer of four. Everything is measured after the last edit: "
     "reliability in that wording, generalisation in the other three, locality of facts that were not edited, half of "
     "the rest (the other half is what edits see in order to leave it alone). The router of WISE looks at a question's "
-    "last token, 25 edits make a shard, two shards are merged; all else is the paper's but for the learning rate. "
+    "last token, 25 edits make a shard, two shards are merged, an edit takes 40 steps at most (50 of GRACE); all else "
+    "is the paper's but for the learning rate. "
     "Rates, penalties and the second radius of GRACE were chosen on a host that knows other facts (table `settings`)"
 )
 
@@ -251,7 +257,7 @@ CHOICE = Claim(
             f"FT-L2, penalty {l2:g}, rate {rate:g}": candidate(run("fine_tuning", 50, learning_rate=rate, l2=l2))
             for l2, rate in ((1e-4, 1e-3), (1e-3, 1e-3), (1e-2, 3e-3))
         },
-        **{f"GRACE, radius {radius:g}": candidate(run("grace", 50, radius=radius)) for radius in (0.1, 0.3, 1.0)},
+        **{f"GRACE, radius {radius:g}": candidate(grace(50, radius)) for radius in (0.1, 0.3, 1.0)},
         **{f"WISE-Merge, rate {rate:g}": candidate(wise("merge", 50, rate)) for rate in (0.03, 0.1, 0.3)},
         "WISE-Merge, mean of all tokens": candidate(wise("merge", 50, reduce="mean")),
         **{f"WISE-Retrieve, rate {rate:g}": candidate(wise("retrieve", 50, rate)) for rate in (0.03, 0.1)},

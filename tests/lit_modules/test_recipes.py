@@ -45,7 +45,7 @@ def test_every_recipe_of_the_package_is_found():
     others += ["locas/hf_stream", "locas/stream_tiny"]
     others += ["mamba/mamba2_tiny", "mamba/mamba_tiny", "mom/340m", "mom/mqar_tiny", "mom/tiny"]
     others += [f"sambay/{name}" for name in ("d16", "d8", "phone_book_tiny", "tiny")]
-    last = ["transformer/tiny", "wise/facts_host", "wise/facts_tiny"]
+    last = ["transformer/tiny", "wise/facts_host", "wise/facts_tiny", "wise/hf_facts"]
     assert [*others, *titans, *last] == RECIPES
 
 
@@ -85,7 +85,8 @@ def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
     if name in [*TEXT, *CLUSTERED, *STREAMS]:
         small += ["--data.paths", "text.txt", "--data.cache_dir", "cache", "--data.sequence_length", "32"]
     if name in FACTS:
-        small += ["--data.num_facts", "40", "--data.num_edits", "4", "--model.model", "transformer_tiny"]
+        small += ["--data.num_facts", "40", "--data.num_edits", "4", "--data.num_words", "8"]
+        small += ["--model.model", "transformer_tiny"]
         small += ["--model.editor_options.max_steps", "1"]
     if name in STREAMS:
         small += ["--data.books", "book.txt", "--data.max_book_tokens", "300"]
