@@ -9,6 +9,16 @@ from memzoo.arch.bmojo import BMojoLM
 from memzoo.arch.card import Claim, Fidelity, ModelCard
 from memzoo.arch.causal_lm import CausalLM, CausalLMState
 from memzoo.arch.checkpoint import from_pretrained, save_pretrained
+from memzoo.arch.dkvb_classifier import DKVBClassifier
+from memzoo.arch.encoders import (
+    FrozenEncoder,
+    PrincipalComponents,
+    RandomFeatures,
+    TextEncoder,
+    TimmEncoder,
+    TimmTransform,
+)
+from memzoo.arch.frozen_classifier import FrozenClassifier
 from memzoo.arch.gated_deltanet import GatedDeltaNetLM
 from memzoo.arch.generation import generate
 from memzoo.arch.gpt import GPT
@@ -42,7 +52,10 @@ __all__ = [
     "CausalLM",
     "CausalLMState",
     "Claim",
+    "DKVBClassifier",
     "Fidelity",
+    "FrozenClassifier",
+    "FrozenEncoder",
     "GatedDeltaNetLM",
     "GraphMemoryTransformer",
     "HierarchicalMemoryLM",
@@ -54,7 +67,12 @@ __all__ = [
     "ModelCard",
     "ModelEntry",
     "PartSize",
+    "PrincipalComponents",
+    "RandomFeatures",
     "SambaY",
+    "TextEncoder",
+    "TimmEncoder",
+    "TimmTransform",
     "TitansLMM",
     "TitansMAC",
     "TitansMAG",

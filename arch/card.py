@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 from memzoo.layers.registry import StateSize
+
+Task = Literal["language", "classification"]
 
 
 class Fidelity(StrEnum):
@@ -45,9 +48,11 @@ class ModelCard:
         fidelity: Whether the paper fixes everything.
         choices: What the paper leaves open -> what was chosen. The key is the argument, where there is one.
         claims: What the paper claims.
-        state_size: Whether the state is constant in the length of the context or grows with it.
+        state_size: Whether the state is constant in the length of the context or grows with it; of a language model.
         routed: Whether the data decides the shape of products, as in ``LayerEntry``.
         skips: Contract tests the architecture does not keep, each with the reason.
+        task: What its models do: "language" models continue tokens and carry a state, those of "classification" answer
+            each input by itself.
     """
 
     name: str
@@ -62,15 +67,22 @@ class ModelCard:
     state_size: StateSize = "constant"
     routed: bool = False
     skips: Mapping[str, str] = field(default_factory=dict)
+    task: Task = "language"
+
+    @property
+    def state(self) -> str:
+        """How the state grows, in a word: "none" where there is no state."""
+        return self.state_size if self.task == "language" else "none"
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the one-line facts as (label, text), in reading order."""
+        of_context = " in the length of the context" if self.task == "language" else ": each input by itself"
         return [
             ("paper", self.paper),
             ("memory", self.memory),
             ("written", self.written),
             ("read", self.read),
-            ("state", f"{self.state_size} in the length of the context"),
+            ("state", f"{self.state}{of_context}"),
             ("fidelity", self.fidelity.value),
         ]
 

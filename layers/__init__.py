@@ -1,5 +1,6 @@
 """Neural memories and the plain parts they need, as `torch.nn` modules."""
 
+from memzoo.layers.analytic_classifier import AnalyticClassifier
 from memzoo.layers.attached_memories import AttachedMemories
 from memzoo.layers.attention import Attention, SlidingWindowAttention
 from memzoo.layers.banks.fetched import Fetched, LayerMemories
@@ -10,6 +11,7 @@ from memzoo.layers.cluster_tree import ClusterTree
 from memzoo.layers.cross_attention import CrossAttention, SharedKeys
 from memzoo.layers.deltanet import DeltaNet
 from memzoo.layers.differential_attention import DifferentialAttention
+from memzoo.layers.discrete_key_value_bottleneck import BottleneckOutput, DiscreteKeyValueBottleneck
 from memzoo.layers.feedforward import FeedForward, SwiGLU
 from memzoo.layers.fine_tuning import FineTuning
 from memzoo.layers.gated_deltanet import GatedDeltaNet
@@ -17,6 +19,7 @@ from memzoo.layers.gated_linear_attention import GatedLinearAttention
 from memzoo.layers.gated_memory_unit import GatedMemoryUnit
 from memzoo.layers.grace import Grace
 from memzoo.layers.graph_memory_cell import GraphMemoryCell
+from memzoo.layers.index_cache import IndexCache
 from memzoo.layers.kimi_delta_attention import KimiDeltaAttention
 from memzoo.layers.linear_attention import LinearAttention
 from memzoo.layers.locas import Locas
@@ -53,16 +56,19 @@ from memzoo.layers.wise import Wise
 
 __all__ = [
     "MATRIX_RULES",
+    "AnalyticClassifier",
     "AttachedMemories",
     "Attention",
     "AttentionState",
     "BMojo",
     "BMojoState",
     "BankLayout",
+    "BottleneckOutput",
     "ClusterTree",
     "CrossAttention",
     "DeltaNet",
     "DifferentialAttention",
+    "DiscreteKeyValueBottleneck",
     "Embedder",
     "FeedForward",
     "Fetched",
@@ -73,6 +79,7 @@ __all__ = [
     "Grace",
     "GraphMemoryCell",
     "HashedNgrams",
+    "IndexCache",
     "KimiDeltaAttention",
     "LayerEntry",
     "LayerMemories",

@@ -10,8 +10,13 @@ if TYPE_CHECKING:
     from memzoo.lit_modules.callbacks import LossFigure, SampleText, Summary, Throughput
     from memzoo.lit_modules.causal_lm import CausalLMModule
     from memzoo.lit_modules.checkpoint import AtomicCheckpointIO
+    from memzoo.lit_modules.class_incremental import ClassIncrementalModule
+    from memzoo.lit_modules.continual_callbacks import ContinualEval, TaskBoundary
+    from memzoo.lit_modules.continual_figures import ContinualFigures
+    from memzoo.lit_modules.continual_strategies import ElasticWeightConsolidation, Replay
     from memzoo.lit_modules.data import (
         BookStreamData,
+        ClassStreamData,
         ClusteredTextData,
         FactData,
         PhoneBookData,
@@ -30,15 +35,22 @@ if TYPE_CHECKING:
     from memzoo.lit_modules.progress import ProgressBar
     from memzoo.lit_modules.stream import ChunkScore
     from memzoo.lit_modules.stream_figures import StreamFigure
+    from memzoo.lit_modules.task_matrix import AnytimeTracker, TaskMatrix
     from memzoo.lit_modules.test_time_training import TestTimeTrainingModule
 
 _HOMES = {
+    "AnytimeTracker": "task_matrix",
     "AtomicCheckpointIO": "checkpoint",
     "BookStreamData": "data",
     "CausalLMModule": "causal_lm",
     "ChunkScore": "stream",
+    "ClassIncrementalModule": "class_incremental",
+    "ClassStreamData": "data",
     "ClusteredTextData": "data",
+    "ContinualEval": "continual_callbacks",
+    "ContinualFigures": "continual_figures",
     "EditingFigures": "editing_figures",
+    "ElasticWeightConsolidation": "continual_strategies",
     "FactData": "data",
     "GraphMemoryUpkeep": "graph_memory",
     "LossFigure": "callbacks",
@@ -50,9 +62,12 @@ _HOMES = {
     "ProgressBar": "progress",
     "RecallData": "data",
     "RelabelData": "data",
+    "Replay": "continual_strategies",
     "SampleText": "callbacks",
     "StreamFigure": "stream_figures",
     "Summary": "callbacks",
+    "TaskBoundary": "continual_callbacks",
+    "TaskMatrix": "task_matrix",
     "TestTimeTrainingModule": "test_time_training",
     "TextData": "data",
     "Throughput": "callbacks",
@@ -62,12 +77,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnytimeTracker",
     "AtomicCheckpointIO",
     "BookStreamData",
     "CausalLMModule",
     "ChunkScore",
+    "ClassIncrementalModule",
+    "ClassStreamData",
     "ClusteredTextData",
+    "ContinualEval",
+    "ContinualFigures",
     "EditingFigures",
+    "ElasticWeightConsolidation",
     "FactData",
     "GraphMemoryUpkeep",
     "LossFigure",
@@ -79,9 +100,12 @@ __all__ = [
     "ProgressBar",
     "RecallData",
     "RelabelData",
+    "Replay",
     "SampleText",
     "StreamFigure",
     "Summary",
+    "TaskBoundary",
+    "TaskMatrix",
     "TestTimeTrainingModule",
     "TextData",
     "Throughput",

@@ -28,7 +28,7 @@ def run_list(command: str, options: list[str]) -> None:
         table = _table("model", "what", "memory", "state")
         for name in models:
             entry = model_entry(name)
-            table.add_row(name, entry.summary, entry.card.memory, entry.card.state_size)
+            table.add_row(name, entry.summary, entry.card.memory, entry.card.state)
         _show(table)
     if layers:
         table = _table("layer", "kind", "state")
@@ -60,16 +60,23 @@ def _show_model(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name)
     print(f"{name}: {entry.summary}\n\n{entry.card.title}\n")
-    parts = _table("part", "count", "parameters", "state bytes a row")
-    for size in part_sizes(model):
-        parts.add_row(size.part, f"{size.count}", f"{size.parameters:,}", f"{size.state_bytes:,}")
-    _show(parts)
-    growth = 0 if entry.card.state_size == "constant" else state_growth(model)
     facts = _facts()
-    facts.add_row("parameters", _parameters(model))
-    facts.add_row(
-        "state of a row", f"{model.initial_state(1).nbytes:,} bytes at first, {growth:,} more with each token"
-    )
+    if entry.card.task == "classification":
+        parts = _table("part", "class", "parameters", "numbers in buffers")
+        for part, module in model.named_children():
+            own, kept = (sum(t.numel() for t in tensors()) for tensors in (module.parameters, module.buffers))
+            parts.add_row(part, type(module).__name__, f"{own:,}", f"{kept:,}")
+        _show(parts)
+        facts.add_row("parameters", _parameters(model))
+    else:
+        parts = _table("part", "count", "parameters", "state bytes a row")
+        for size in part_sizes(model):
+            parts.add_row(size.part, f"{size.count}", f"{size.parameters:,}", f"{size.state_bytes:,}")
+        _show(parts)
+        facts.add_row("parameters", _parameters(model))
+        growth = 0 if entry.card.state_size == "constant" else state_growth(model)
+        at_first = f"{model.initial_state(1).nbytes:,} bytes at first"
+        facts.add_row("state of a row", f"{at_first}, {growth:,} more with each token")
     for label, text in entry.card.rows():
         facts.add_row(label, text)
     for argument, choice in entry.card.choices.items():
@@ -187,7 +194,7 @@ def _parser(command: str, description: str) -> ArgumentParser:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        numbers = column in ("count", "parameters", "state bytes a row")
+        numbers = column in ("count", "parameters", "state bytes a row", "numbers in buffers")
         table.add_column(column, no_wrap=index == 0, justify="right" if numbers else "left")
     return table
 

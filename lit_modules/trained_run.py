@@ -68,6 +68,13 @@ class TrainedRun:
             raise ValueError(
                 f"checkpoint={checkpoint!r} does not name its model; load it in Python with load_from_checkpoint"
             )
+        from memzoo.arch import model_card
+
+        if (task := model_card(chosen["model"]).task) != "language":
+            raise ValueError(
+                f"checkpoint={checkpoint!r} is of model={chosen['model']!r}, whose task is {task}, and has no text to "
+                f"read or write; load it with ClassIncrementalModule.load_from_checkpoint"
+            )
         coder = load_tokenizer(tokenizer or trained_with)
         upkeep = stored.get("callbacks", {}).get("GraphMemoryUpkeep", {})
         temperature = upkeep.get("evaluation_temperature") if routing_temperature is None else routing_temperature

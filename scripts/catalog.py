@@ -57,7 +57,7 @@ def layers(page: Path) -> list[str]:
     for name in list_layers():
         entry = layer_entry(name)
         built = built_by(name)
-        state = "none" if entry.kind in ("channel", "reader", "side") else entry.state_size
+        state = "none" if entry.kind in ("channel", "reader", "side", "bottleneck") else entry.state_size
         rows.append([code(name), link(page, built), paper(built), summary(built), state, status(entry.skips)])
     return table(["name", "class or function", "paper", "what it is", "state", "status"], rows)
 
@@ -73,7 +73,7 @@ def models(page: Path) -> list[str]:
         parameters = sorted((on_meta(name).num_parameters(), name) for name in names)
         sizes = ", ".join(f"{code(name)} ({short(count)})" for count, name in parameters)
         architecture = link(page, model_entry(names[0]).architecture)
-        rows.append([sizes, architecture, arxiv(card.paper), card.memory, card.state_size, status(card.skips)])
+        rows.append([sizes, architecture, arxiv(card.paper), card.memory, card.state, status(card.skips)])
     return table(["name (parameters)", "class", "paper", "memory", "state", "status"], rows)
 
 
@@ -242,7 +242,9 @@ def paper(built: Built) -> str:
 
 
 def short(count: int) -> str:
-    """Return a number in millions or billions."""
+    """Return a number in thousands, millions or billions."""
+    if count < 1e6:
+        return f"{count / 1e3:.3g}k"
     return f"{count / 1e6:.3g}M" if count < 1e9 else f"{count / 1e9:.3g}B"
 
 

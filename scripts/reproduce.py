@@ -1,6 +1,6 @@
 """Train the miniature of a paper's claims over seeds, say which held, and write it into docs/RESULTS.md.
 
-    python scripts/reproduce.py titans                   # 3 seeds of every variant; what is stored is not run again
+    python scripts/reproduce.py titans                   # some seeds of every variant; what is stored is not run again
     python scripts/reproduce.py titans --claims window   # one claim of them
     python scripts/reproduce.py titans --quick           # a few steps each, nothing stored: does it run?
 
@@ -246,7 +246,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="claim set, a file of scripts/claims/")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of every variant")
+    parser.add_argument("--seeds", type=int, help="seeds of every variant; by default 3, or what the claim set says")
     parser.add_argument("--claims", nargs="+", help="some of its claims instead of all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     parser.add_argument("--out", type=Path, default=DOCS / "results", help="folder of the stored runs")
@@ -259,6 +259,7 @@ def main(words: Sequence[str] | None = None) -> int:
     names = options.claims or list(claim_set.claims)
     if unknown := set(names) - set(claim_set.claims):
         parser.error(f"claims={sorted(unknown)} are not among {', '.join(claim_set.claims)}")
+    options.seeds = claim_set.seeds if options.seeds is None else options.seeds
     if options.seeds < 1 or options.jobs < 1:
         parser.error(f"seeds={options.seeds} and jobs={options.jobs} must be at least 1")
     if options.quick:

@@ -24,7 +24,7 @@ ALLOWED = {
     "layers/banks": {"memzoo.layers", "torch"},
     "layers/stores": {"memzoo.layers", "torch"},
     "layers": {"memzoo.layers", "torch", "einops"},
-    "arch": {"memzoo.arch", "memzoo.layers", "torch", "einops", "safetensors", "timm"},
+    "arch": {"memzoo.arch", "memzoo.layers", "torch", "einops", "safetensors"},
     "recipes": set(),
 }
 # Optional libraries, imported inside the function that was asked for them.
@@ -32,8 +32,8 @@ LAZY = {
     "layers/ops": {"flash_attn", "fla", "mamba_ssm", "causal_conv1d"},
     "layers/banks": {"filelock", "safetensors", "xxhash"},
     "layers/stores": {"filelock"},
-    "layers": {"safetensors", "sentence_transformers"},
-    "arch": {"transformers"},
+    "layers": {"safetensors", "sentence_transformers", "sklearn"},
+    "arch": {"timm", "transformers"},
 }
 
 

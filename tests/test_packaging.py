@@ -21,9 +21,9 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 NOT_IMPORTED = {
     "tensorboard": "Lightning's TensorBoardLogger writes through it",
     "einops": "part of the core that every layer may use; none does yet",
-    "timm": "part of the core that every backbone may use; none does yet",
 }
-IMPORT_NAMES = {"fla-core": "fla", "scikit-learn": "sklearn"}  # where it is not the name of the distribution
+# Where it is not the name of the distribution.
+IMPORT_NAMES = {"fla-core": "fla", "pillow": "PIL", "scikit-learn": "sklearn"}
 
 
 def names(requirements: list[str]) -> set[str]:

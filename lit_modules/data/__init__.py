@@ -1,6 +1,7 @@
 """Lightning data modules."""
 
 from memzoo.lit_modules.data.book_stream import BookChunks, BookStreamData
+from memzoo.lit_modules.data.class_stream import ClassStreamData
 from memzoo.lit_modules.data.clustered_text import ClusteredTextData
 from memzoo.lit_modules.data.fact_rows import Fact, Question, read_facts
 from memzoo.lit_modules.data.fact_task import FactTask
@@ -16,6 +17,7 @@ from memzoo.lit_modules.data.topics import TopicData
 __all__ = [
     "BookChunks",
     "BookStreamData",
+    "ClassStreamData",
     "ClusteredTextData",
     "Fact",
     "FactData",

@@ -3,6 +3,7 @@
 from benchmark_cases import (
     attention,
     bmojo,
+    bottleneck,
     cuda,
     graph_memory,
     memory_bank,
@@ -22,6 +23,7 @@ CASES = [
     *graph_memory.CASES,
     *memory_bank.CASES,
     *side_memory.CASES,
+    *bottleneck.CASES,
     *attention.CASES,
     *cuda.CASES,
 ]

@@ -59,12 +59,14 @@ class ClaimSet:
         measure: Runs one thing, settings and seed -> metrics; a function of a module, for other processes.
         shorten: Settings of a run so short that it only shows that everything runs.
         claims: By name.
+        seeds: Of every variant, unless the command says otherwise.
     """
 
     paper: str
     measure: Callable[[Settings, int], Metrics]
     shorten: Callable[[Settings], Settings]
     claims: Mapping[str, Claim] = field(default_factory=dict)
+    seeds: int = 3
 
 
 def beats(better: str, worse: str, metric: str) -> Check:

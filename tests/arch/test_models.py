@@ -18,6 +18,7 @@ from memzoo.arch import (
     Transformer,
     create_model,
     list_models,
+    model_card,
     model_entry,
     part_sizes,
     titans_lmm,
@@ -29,6 +30,7 @@ from memzoo.layers.neural_memory import NeuralMemory
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = list_models("*_tiny")
+SAVED = [*TINY, *(name for name in list_models() if model_card(name).task == "classification")]
 SIZES = {  # vocab_size, dim, depth, hidden width of the feed-forward
     "170m": (32000, 768, 12, 2048),
     "340m": (32000, 1024, 24, 2752),
@@ -265,14 +267,14 @@ def test_both_halves_of_every_block_start_small(name: str) -> None:
             assert projection.weight.std().item() == pytest.approx(0.02 * branches**-0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", SAVED)
 def test_state_dict_keys_and_shapes_do_not_move(name: str) -> None:
     expected = json.loads((GOLDEN / f"{name}.json").read_text())
     assert shapes(meta(name)) == expected
 
 
-def test_every_tiny_model_has_a_golden_file() -> None:
-    assert sorted(path.stem for path in GOLDEN.iterdir()) == sorted(TINY)
+def test_every_tiny_model_and_classifier_has_a_golden_file() -> None:
+    assert sorted(path.stem for path in GOLDEN.iterdir()) == sorted(SAVED)
 
 
 def shapes(model: nn.Module) -> dict[str, list[int]]:
@@ -280,7 +282,7 @@ def shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def write_golden() -> None:
-    for name in TINY:
+    for name in SAVED:
         lines = (f"  {json.dumps(key)}: {shape}" for key, shape in shapes(meta(name)).items())
         (GOLDEN / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -23,7 +23,7 @@ from memzoo.arch import (
 CARD = ModelCard("Toy", "A toy", "none", "none", "never", "never", Fidelity.EXACT)
 FAMILIES = ("titans_linear_online", "titans_lmm", "titans_mac", "titans_mag", "titans_mal", "transformer")
 MODELS = [f"bmojo_{size}" for size in ("1b4", "130m", "370m", "f_1b4", "f_130m", "f_370m", "f_tiny", "tiny")]
-MODELS += ["gated_deltanet_340m", "gated_deltanet_tiny", "gdny_d8"]
+MODELS += ["dkvb_digits", "gated_deltanet_340m", "gated_deltanet_tiny", "gdny_d8"]
 MODELS += ["gmt_base", "gmt_tiny", "gpt_103m", "gpt_103m_deep", "gpt_tiny"]
 MODELS += [f"hier_memory_{size}" for size in ("1b4", "160m", "410m", "tiny")]
 MODELS += [f"mamba2_{size}" for size in ("1b3", "2b7", "130m", "370m", "780m", "tiny")]

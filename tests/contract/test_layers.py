@@ -126,6 +126,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "inputs": {"rank": 4, "init": "activation"},
     },
     "temp_lora": {"narrow": {"rank": 3, "alpha": 1.5}},
+    "discrete_key_value_bottleneck": {
+        "chunk": {"splitter": "chunk", "num_codebooks": 4, "dim_key": 4, "topk": 2, "chunk_bytes": 500},
+        "standardized": {"splitter": "learned", "standardize": True, "num_pairs": 70},
+    },
     "grace": {"first": {"token": "first", "radius": 1e-6, "sticky": False}},
 }
 # With memories to read, which the registered layers do without: fetched for the rows of every call.

@@ -12,9 +12,10 @@ from memzoo.arch.registry import list_models, model_card, model_entry
 from memzoo.layers import registry
 from memzoo.layers.registry import layer_entry, list_layers
 from tests.contract import example
-from tests.contract.broken import BROKEN, VOCAB_SIZE, Reader, SmallLM, TokenWise, side
+from tests.contract.broken import BROKEN, VOCAB_SIZE, Reader, SmallLM, TokenWise, bottlenecks, classifiers, side
 from tests.contract.checks import CHECKS, Part, cases
 from tests.contract.checks.core import DIM
+from tests.contract.test_classifiers import CASES as CLASSIFIER_CASES
 from tests.contract.test_layers import CASES as LAYER_CASES
 from tests.contract.test_layers import EXAMPLE
 from tests.contract.test_models import CASES as MODEL_CASES
@@ -26,6 +27,8 @@ RIGHT = [
     Part("reader", "reader", lambda: Reader(DIM)),
     Part("small_lm", "model", SmallLM, vocab_size=VOCAB_SIZE),
     Part("turns", "side", side.Turns.attach),
+    Part("bottleneck", "bottleneck", lambda: bottlenecks.Bottleneck(DIM)),
+    Part("classifier", "classifier", lambda: classifiers.Classifier(DIM)),
     Part("replaces", "side", side.Replaces.attach, skips=side.REPLACES),
 ]
 
@@ -39,7 +42,8 @@ def test_a_broken_part_is_noticed(part: Part, name: str) -> None:
 def test_every_check_fails_on_some_broken_part() -> None:
     failing = {name for _, name in BROKEN}
     assert failing == {name for table in CHECKS.values() for name in table}
-    assert {name for part, name in BROKEN if part.kind == "side"} == {*CHECKS["side"]}
+    for kind in ("side", "bottleneck", "classifier"):
+        assert {name for part, name in BROKEN if part.kind == kind} == {*CHECKS[kind]}
 
 
 @pytest.mark.parametrize(("part", "name"), cases(RIGHT[1:]), ids=lambda value: getattr(value, "name", value))
@@ -66,13 +70,17 @@ def test_every_registered_architecture_meets_every_check() -> None:
     assert names, "no model is registered: memzoo.arch imports none"
     for name in names:
         assert [check for part, check in MODEL_CASES if part.name == name] == [*CHECKS["model"]]
-    untested = {architecture(name) for name in list_models()} - {architecture(name) for name in names}
+    classifiers = [name for name in list_models() if model_card(name).task == "classification"]
+    for name in classifiers:
+        assert [check for part, check in CLASSIFIER_CASES if part.name == name] == [*CHECKS["classifier"]]
+    tested = {architecture(name) for name in [*names, *classifiers]}
+    untested = {architecture(name) for name in list_models()} - tested
     assert not untested, f"{untested} have no *_tiny size, so they are not tested"
 
 
 def test_a_kind_without_checks_is_refused() -> None:
-    with pytest.raises(LookupError, match="'bottleneck', which has no checks"):
-        cases([replace(EXAMPLE, kind="bottleneck")])
+    with pytest.raises(LookupError, match="'oracle', which has no checks"):
+        cases([replace(EXAMPLE, kind="oracle")])
 
 
 def test_a_skip_needs_a_check_and_a_reason() -> None:

@@ -99,6 +99,17 @@ def test_info_shows_parameters_state_and_provenance(name, capsys):
     assert f"{grown[1] - grown[0]:,} more with each token" in shown
 
 
+def test_a_classifier_is_shown_without_a_state(capsys):
+    assert main(["info", "dkvb_digits"]) == 0
+    shown = capsys.readouterr().out
+    assert "81,920 trainable, 0 frozen" in shown
+    assert "PrincipalComponents" in shown
+    assert "none: each input by itself" in shown
+    assert "state of a row" not in shown
+    assert main(["list", "dkvb*"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "none"
+
+
 @pytest.mark.parametrize("name", list_layers())
 def test_info_shows_a_layer(name, capsys):
     assert main(["info", name]) == 0

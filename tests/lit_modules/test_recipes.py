@@ -33,6 +33,7 @@ TOPICS = [name for name in TINY if data_of(name) == "TopicData"]
 FACTS = [name for name in TINY if data_of(name) == "FactData"]
 STREAMS = [name for name in TINY if data_of(name) == "BookStreamData"]
 CLUSTERED = [name for name in TINY if data_of(name) == "ClusteredTextData"]
+CLASSES = [name for name in TINY if data_of(name) == "ClassStreamData"]
 SHARDED = [name for name in RECIPES if "strategy" in read(name)["trainer"]]
 LONG = [name for name in TEXT if "val_sequence_lengths" in read(name)["data"]["init_args"]]
 
@@ -40,6 +41,7 @@ LONG = [name for name in TEXT if "val_sequence_lengths" in read(name)["data"]["i
 def test_every_recipe_of_the_package_is_found():
     titans = [f"titans/{kind}_{size}" for kind in ("lmm", "mac", "mag", "mal") for size in ("340m", "tiny")]
     others = [f"bmojo/{name}" for name in ("1b4", "370m", "long_tiny", "mqar_tiny", "tiny")]
+    others += ["dkvb/cifar10_timm", "dkvb/digits_tiny"]
     others += [f"gmt/{name}" for name in ("base", "gpt_103m", "gpt_tiny", "tiny")]
     others += [f"hier_memory/{name}" for name in ("160m", "text_tiny", "tiny")]
     others += ["locas/hf_stream", "locas/stream_tiny"]
@@ -50,7 +52,7 @@ def test_every_recipe_of_the_package_is_found():
 
 
 def test_every_tiny_recipe_is_of_a_kind_that_is_tested():
-    assert {*TEXT, *RECALL, *PHONE_BOOK, *TOPICS, *CLUSTERED, *STREAMS, *FACTS} == {*TINY}
+    assert {*TEXT, *RECALL, *PHONE_BOOK, *TOPICS, *CLUSTERED, *STREAMS, *FACTS, *CLASSES} == {*TINY}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -84,6 +86,8 @@ def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
     small = ["--data.batch_size", "2"]
     if name in [*TEXT, *CLUSTERED, *STREAMS]:
         small += ["--data.paths", "text.txt", "--data.cache_dir", "cache", "--data.sequence_length", "32"]
+    if name in CLASSES:
+        pytest.importorskip("sklearn")
     if name in FACTS:
         small += ["--data.num_facts", "40", "--data.num_edits", "4", "--data.num_words", "8"]
         small += ["--model.model", "transformer_tiny"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from memzoo.lit_modules import CausalLMModule
+from memzoo.lit_modules import CausalLMModule, ClassIncrementalModule
 from memzoo.lit_modules.cli import main
 from memzoo.lit_modules.trained_run import TrainedRun
 
@@ -83,3 +83,14 @@ def test_a_temperature_that_cannot_be_is_one_line(capsys, monkeypatch, command, 
     assert main([command, *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_the_checkpoint_of_a_classifier_is_refused_in_one_line(command, capsys):
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", enable_model_summary=False)
+    trainer.strategy.connect(ClassIncrementalModule("dkvb_digits", {"num_codebooks": 2}))
+    trainer.save_checkpoint("run.ckpt")
+    capsys.readouterr()
+    assert main([command, "--checkpoint", "run.ckpt", "--prompt", "a"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is of model='dkvb_digits', whose task is classification, and has no text to read or write" in line

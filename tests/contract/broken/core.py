@@ -5,15 +5,20 @@ from typing import Any
 
 from torch import nn
 
-from memzoo.arch import CausalLM
-from memzoo.layers import GatedMemoryUnit
+from memzoo.arch import CausalLM, FrozenClassifier
+from memzoo.layers import DiscreteKeyValueBottleneck, GatedMemoryUnit
 from memzoo.layers.side_memory import SideMemory
 from tests.contract.checks import Part
 from tests.contract.checks.core import DIM
 from tests.contract.example import ExponentialAverage
 
 VOCAB_SIZE = 23
-KINDS: dict[type[nn.Module], str] = {ExponentialAverage: "mixer", GatedMemoryUnit: "reader"}
+KINDS: dict[type[nn.Module], str] = {
+    ExponentialAverage: "mixer",
+    GatedMemoryUnit: "reader",
+    DiscreteKeyValueBottleneck: "bottleneck",
+    FrozenClassifier: "classifier",
+}
 BROKEN: list[tuple[Part, str]] = []
 
 

@@ -33,7 +33,7 @@ class Part:
 
     Attributes:
         name: As registered.
-        kind: "mixer", "channel", "reader", "side", "model": which checks apply.
+        kind: "mixer", "channel", "reader", "side", "bottleneck", "classifier", "model": which checks apply.
         make: Builds it, small; of a side memory, ``make(host, **options)`` attaches it.
         state_size: "constant" or "grows" with the context.
         compiles: Whether ``torch.compile(fullgraph=True)`` is promised.
