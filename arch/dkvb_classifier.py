@@ -210,8 +210,9 @@ class DKVBClassifier(FrozenClassifier):
         indices = codes if mask is None else codes.clamp(min=0)
         if self.decoder == "vote":
             return self.bottleneck.vote(indices, mask=mask, sparse=self.sparse)
-        self.bottleneck._count(indices, mask)
-        values = self.bottleneck._read(indices).sum(2).movedim(2, 1).flatten(2)  # (batch, tokens, codebooks * width)
+        values = (
+            self.bottleneck.read(indices, mask=mask).sum(2).movedim(2, 1).flatten(2)
+        )  # (batch, tokens, codebooks * width)
         logits: Tensor = self.head(masked_mean(values, mask))
         return logits
 

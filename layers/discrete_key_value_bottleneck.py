@@ -38,7 +38,9 @@ class BottleneckOutput:
 
 
 class DiscreteKeyValueBottleneck(FrozenKeys):
-    """``h_c = z P_c``, ``j_c = argmin_j |h_c - k_cj|^2``, values ``V_c[j_c]`` for each codebook c and token.
+    """A representation, cut into heads, fetches from each codebook the value of the nearest key; values alone learn.
+
+    ``h_c = z P_c``, ``j_c = argmin_j |h_c - k_cj|^2``, values ``V_c[j_c]`` for each codebook c and token.
 
     ``initialize_keys(batches)`` first, on representations without labels; then train ``trainable_parameters()``, the
     values. No gradient reaches keys, projection or ``z``. With ``vote`` the mean of the values is the logits: there is
@@ -138,10 +140,17 @@ class DiscreteKeyValueBottleneck(FrozenKeys):
 
     # Reading
 
-    def read(self, indices: Tensor) -> Tensor:
-        """Return the values of pairs (batch, num_codebooks, topk, tokens, dim_value)."""
+    def read(self, indices: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Return the values of pairs (batch, num_codebooks, topk, tokens, dim_value).
+
+        Args:
+            indices: Of ``lookup``.
+            mask: (batch, tokens) bool, real tokens; those of others are read all the same, and not counted as usage.
+        """
         check_indices(indices, self.num_codebooks)
-        self._count(indices, None)
+        if mask is not None:
+            check_mask(mask, (len(indices), indices.shape[3]))
+        self._count(indices, mask)
         return self._read(indices)
 
     def vote(self, indices: Tensor, *, mask: Tensor | None = None, sparse: bool = False) -> Tensor:

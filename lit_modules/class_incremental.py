@@ -349,7 +349,11 @@ class ClassIncrementalModule(LightningModule):
             raise ValueError("optimizer='adam' takes dense gradients and the model has sparse ones; use 'sparse_adam'")
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return none, and silence two warnings of what is meant here: encoders evaluate, and heads learn in a step."""
+        """Return none, and silence three warnings of what is meant here.
+
+        Encoders evaluate, heads learn in a step, and a stream without validation has no loader for it.
+        """
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         return cast(list[Callback], super().configure_callbacks())

@@ -106,3 +106,8 @@ def check_stream(trainer: Any, module: Any, stage: str) -> None:
             "precompute=True computes codes once, but the data augment inputs anew each time; use "
             "ClassStreamData(augment=None), or precompute=False"
         )
+    if chosen["precompute"] and not getattr(module.model, "codes_are_constant", True):
+        raise ValueError(
+            "precompute=True computes codes once, but mask_unused=True of the model has them depend on what was "
+            "trained; use mask_unused=False, or precompute=False"
+        )

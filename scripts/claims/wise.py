@@ -159,7 +159,6 @@ def editors(edits: int) -> dict[str, Settings]:
         "FT": run("fine_tuning", edits, learning_rate=1e-3),
         "FT-L2": run("fine_tuning", edits, learning_rate=1e-3, l2=1e-3),
         "GRACE": grace(edits, 1.0),
-        "GRACE, radius 0.3": grace(edits, 0.3),
         "WISE-Merge": wise("merge", edits),
         "WISE-Retrieve": wise("retrieve", edits),
     }
@@ -172,6 +171,7 @@ COLUMNS = {
     "just edited": "reliability right after each edit",
     "thousand parameters": "thousand parameters",
 }
+NARROW = "GRACE, radius 0.3"
 SLACK = 0.02  # of locality that counts as the same
 
 
@@ -199,14 +199,13 @@ def no_less(metric: str, better: str, worse: str) -> Check:
     )
 
 
-def checks() -> tuple[Check, ...]:
-    """Return what must come out, whatever the number of edits."""
+def checks(*radii: str) -> tuple[Check, ...]:
+    """Return what must come out, beside GRACE with each radius."""
     modes = ("WISE-Merge", "WISE-Retrieve")
     return (
         *(same_locality(mode) for mode in modes),
         *(more("locality", mode, tuned) for mode in modes for tuned in ("FT", "FT-L2")),
-        *(more("generalisation", mode, "GRACE") for mode in modes),
-        *(more("generalisation", mode, "GRACE, radius 0.3") for mode in modes),
+        *(more("generalisation", mode, radius) for radius in radii for mode in modes),
         *(no_less("reliability", "GRACE", mode) for mode in modes),
     )
 
@@ -216,9 +215,9 @@ SETTING = (
     "the wordings, at the feed-forward of its third layer of four. Everything is measured after the last edit: "
     "reliability in that wording, generalisation in the other three, locality of facts that were not edited, half of "
     "the rest (the other half is what edits see in order to leave it alone). The router of WISE looks at a question's "
-    "last token, 25 edits make a shard (12 of WISE-Retrieve with 50 edits, which else has one memory alone), two shards "
-    "are merged, an edit takes 40 steps at most (50 of GRACE); all else is the paper's but for the learning rate. "
-    "Rates, penalties and the second radius of GRACE were chosen on a host that knows other facts (table `settings`)"
+    "last token, 25 edits make a shard (12 of WISE-Retrieve with 50 edits, which else has one memory alone), two "
+    "shards are merged, an edit takes 40 steps at most (50 of GRACE); all else is the paper's but for the learning "
+    "rate. Rates, penalties and the second radius of GRACE were chosen on a host that knows other facts (`settings`)"
 )
 
 FIFTY = Claim(
@@ -227,9 +226,9 @@ FIFTY = Claim(
     test=f"{SETTING}. 50 edits. With its radius of 1 GRACE answers paraphrases here, because this host, which was "
     "taught every fact in every wording, brings all of them to nearly one place; with a radius of 0.3 it answers about "
     "as many of them as on the paper's host.",
-    variants=editors(50),
+    variants=editors(50) | {NARROW: grace(50, 0.3)},
     columns=COLUMNS,
-    checks=checks(),
+    checks=checks("GRACE", NARROW),
 )
 
 TWO_HUNDRED = Claim(
@@ -237,7 +236,7 @@ TWO_HUNDRED = Claim(
     test="As above, 200 edits of the 300 facts: 50 others are asked for locality.",
     variants=editors(200),
     columns=COLUMNS,
-    checks=checks(),
+    checks=checks("GRACE"),
 )
 
 

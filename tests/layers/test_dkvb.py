@@ -185,13 +185,13 @@ def test_14_one_sample_finds_what_it_finds_among_many() -> None:
 @pytest.mark.parametrize("call", ["forward", "read", "vote"])
 def test_14_training_counts_what_it_fetches_once_keys_are_frozen(call: str) -> None:
     bottleneck, z = build(frozen=False, allow_random_keys=True), draw(3, 4, DIM)
-    mask = None if call == "read" else MASK
+    mask = MASK
 
     def fetch() -> None:
         if call == "forward":
             bottleneck(z, mask=mask)
         elif call == "read":
-            bottleneck.read(bottleneck.lookup(z))
+            bottleneck.read(bottleneck.lookup(z, mask=mask), mask=mask)
         else:
             bottleneck.vote(bottleneck.lookup(z, mask=mask), mask=mask)
 
@@ -202,7 +202,7 @@ def test_14_training_counts_what_it_fetches_once_keys_are_frozen(call: str) -> N
     fetch()
     expected = torch.zeros(6, 11, dtype=torch.int64)
     for b, c, _, n in torch.cartesian_prod(*map(torch.arange, (3, 6, 1, 4))).tolist():
-        if mask is None or mask[b, n]:
+        if mask[b, n]:
             expected[c, bottleneck.lookup(z)[b, c, 0, n]] += 1
     assert torch.equal(bottleneck.usage, expected)
     assert bottleneck.fraction_unused == pytest.approx((expected == 0).sum().item() / 66)

@@ -25,6 +25,12 @@ from tests.lit_modules.continual_cases import (
 )
 
 
+class Unconstant(Coded):
+    """Its codes depend on what was trained."""
+
+    codes_are_constant = False
+
+
 def fitted(lit: ClassIncrementalModule, *callbacks: Any, data: Any = None, **options: Any) -> Any:
     data = stream() if data is None else data
     run = trainer(data, *callbacks, **options)
@@ -293,6 +299,12 @@ def test_bad_arguments_are_named(options, message):
             {"augment": torch.neg},
             {},
             "precompute=True computes codes once, but the data augment inputs anew",
+        ),
+        (
+            {"model": Unconstant(), "precompute": True},
+            {},
+            {},
+            "precompute=True computes codes once, but mask_unused=True",
         ),
         ({"model": Net(4)}, {"class_order": [5, 4, 3, 2, 1, 0]}, {}, "has 4 classes and the data a class 5"),
     ],
