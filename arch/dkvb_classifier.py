@@ -60,7 +60,8 @@ class DKVBClassifier(FrozenClassifier):
 
     Shape:
         inputs: (batch, ...). mask: (batch, tokens) bool, for text, with a real token in each row. Codes: (batch,
-        num_codebooks, topk, tokens), -1 at masked tokens. Returns logits (batch, classes).
+        num_codebooks, topk, tokens), -1 at masked tokens and where a codebook has fewer pairs left. Returns logits
+        (batch, classes).
 
     Raises:
         ValueError: An argument is out of range or does not go with another, or keys are not set.
@@ -146,10 +147,9 @@ class DKVBClassifier(FrozenClassifier):
 
     @torch.no_grad()
     def encode(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the indices of the pairs that inputs fetch, (batch, num_codebooks, topk, tokens)."""
+        """Return the indices of the pairs that inputs fetch, (batch, num_codebooks, topk, tokens), -1 where none."""
         z, mask = self._vectors(inputs, mask)
-        indices = self.bottleneck.lookup(z, mask=mask)
-        return indices if mask is None else indices.masked_fill(~mask[:, None, None], -1)
+        return self.bottleneck.lookup(z, mask=mask)
 
     @property
     def codes_are_constant(self) -> bool:
@@ -197,7 +197,7 @@ class DKVBClassifier(FrozenClassifier):
         if not self.codes_are_constant:
             raise ValueError("mask_unused=True makes indices depend on what was trained; use mask_unused=False")
         found = [self.encode(inputs, mask).to("cpu", torch.int32) for inputs, mask in pairs(batches)]
-        if any(bool((one < 0).any()) for one in found):
+        if any(bool((one[:, :, 0] < 0).any()) for one in found):
             raise ValueError("batches have masked tokens, which have no index; use pool='before', or keep encode()'s")
         return IndexCache(torch.cat(found), self.bottleneck.num_pairs, self.fingerprint())
 
@@ -205,15 +205,11 @@ class DKVBClassifier(FrozenClassifier):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return logits (batch, classes) of indices, over their real tokens."""
-        # A single token is never masked: a row without a real token is refused.
-        mask = codes[:, 0, 0] >= 0 if codes.shape[3] > 1 else None
-        indices = codes if mask is None else codes.clamp(min=0)
         if self.decoder == "vote":
-            return self.bottleneck.vote(indices, mask=mask, sparse=self.sparse)
-        values = (
-            self.bottleneck.read(indices, mask=mask).sum(2).movedim(2, 1).flatten(2)
-        )  # (batch, tokens, codebooks * width)
-        logits: Tensor = self.head(masked_mean(values, mask))
+            return self.bottleneck.vote(codes, sparse=self.sparse)
+        values = self.bottleneck.read(codes).sum(2).movedim(2, 1).flatten(2)  # (batch, tokens, codebooks * width)
+        # A single token is never masked: a row without a real token is refused.
+        logits: Tensor = self.head(masked_mean(values, codes[:, 0, 0] >= 0 if codes.shape[3] > 1 else None))
         return logits
 
     def trainable_parameters(self) -> list[nn.Parameter]:

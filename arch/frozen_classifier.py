@@ -12,6 +12,7 @@ from memzoo.arch.registry import record_config
 from memzoo.layers.analytic_classifier import AnalyticClassifier
 from memzoo.layers.bottleneck_checks import check_mask
 from memzoo.layers.errors import check_choice, check_positive
+from memzoo.layers.ops.precision import no_autocast
 
 HeadName = Literal["linear", "mlp", "analytic"]
 Inputs = Tensor | tuple[Tensor, Tensor]  # a batch, of text with the mask of its real tokens
@@ -102,7 +103,11 @@ class FrozenClassifier(nn.Module):
 
     @torch.no_grad()
     def encode(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the codes of inputs, without gradients: features (batch, feature_dim)."""
+        """Return the codes of inputs, without gradients: features (batch, feature_dim).
+
+        Autocast is off within: a frozen encoder computes in its own precision, so that codes that were kept and codes
+        of a step under autocast are the same.
+        """
         features, mask = self._features(inputs, mask)
         return masked_mean(features, mask) if features.dim() == 3 else features
 
@@ -166,7 +171,8 @@ class FrozenClassifier(nn.Module):
         """Return features, with the mask if they have tokens."""
         if mask is not None:
             check_real(mask, tuple(inputs.shape[:2]))
-        features: Tensor = self.encoder(inputs, mask)
+        with no_autocast(inputs.device):
+            features: Tensor = self.encoder(inputs, mask)
         if features.dim() == 2:
             return features, None
         if mask is not None:

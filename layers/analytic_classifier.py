@@ -27,8 +27,8 @@ class AnalyticClassifier(nn.Module):
         forget:  K = (I - X R X^T)^-1,   R <- R + R X^T K X R,   W <- W - R X^T (Y - X W)
 
     with the new R. "gram" keeps ``Phi^T Phi`` and ``Phi^T Y``, is quicker to learn, and solves for W in the first call
-    after. Both take ``8 hidden^2`` bytes, however many samples: in float32 the recursion diverges, so all is float64,
-    in a module of less too. There is no gradient and no parameter.
+    after. Both take ``8 hidden^2`` bytes, however many samples, and with ``remember`` 8 a sample more: in float32 the
+    recursion diverges, so all is float64, in a module of less too. There is no gradient and no parameter.
 
     Args:
         dim: Width of the features.
@@ -37,11 +37,13 @@ class AnalyticClassifier(nn.Module):
         ridge: gamma, the weight of the penalty.
         form: "recursive" or "gram".
         seed: Of ``W_r``.
+        remember: Keep a hash of 64 bits of every sample and its label, so that ``forget`` refuses what is not learnt.
 
     Attributes:
         expansion: (dim, hidden), W_r, uniform as ``nn.Linear`` draws it.
         weight: (hidden, classes), W; of "gram" as of the last call.
         counts: (classes,) int64, samples learnt and not forgotten.
+        learnt: (samples,) int64, their hashes, ascending; with ``remember``.
 
     Shape:
         features: (batch, dim). labels: (batch,), integers >= 0. Returns (batch, classes) in float64.
@@ -69,6 +71,8 @@ class AnalyticClassifier(nn.Module):
     matrix: Tensor
     targets: Tensor
     _solved: Tensor
+    learnt: Tensor
+    _names: Tensor
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class AnalyticClassifier(nn.Module):
         ridge: float = 1e-3,
         form: Form = "recursive",
         seed: int = 0,
+        remember: bool = False,
     ) -> None:
         super().__init__()
         check_positive("dim", dim)
@@ -90,6 +95,7 @@ class AnalyticClassifier(nn.Module):
         check_number("ridge", ridge)
         check_choice("form", form, get_args(Form))
         self.dim, self.hidden, self.ridge, self.form = dim, hidden, float(ridge), form
+        self.remember = remember
         with torch.device("cpu"):
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.rand(dim, hidden, generator=generator, dtype=torch.float64)
@@ -102,6 +108,10 @@ class AnalyticClassifier(nn.Module):
         if form == "gram":
             self.register_buffer("targets", torch.zeros(hidden, num_classes, dtype=torch.float64))
             self.register_buffer("_solved", torch.tensor(True))
+        if remember:
+            self.register_buffer("learnt", torch.zeros(0, dtype=torch.int64))
+            # What hashes call the classes: a class that is dropped renumbers the columns, and not what was hashed.
+            self.register_buffer("_names", torch.arange(num_classes))
 
     @property
     def num_classes(self) -> int:
@@ -114,17 +124,26 @@ class AnalyticClassifier(nn.Module):
         self._check(features, labels)
         if len(labels):
             self._set_classes(max(self.num_classes, int(labels.max()) + 1))
+            if self.remember:
+                first = int(self._names.max()) + 1 if len(self._names) else 0
+                new = torch.arange(self.num_classes - len(self._names), device=self._names.device) + first
+                self._names = torch.cat([self._names, new])
         state = self._state()
         for rows, classes in self._pieces(features, labels):
             state = self._added(*state, rows, classes)
         self._accept(state, self.counts + labels.bincount(minlength=self.num_classes))
+        if self.remember:
+            self.learnt = torch.cat([self.learnt, self._hashes(features, labels)]).sort()[0]
 
     @torch.no_grad()
     def forget(self, features: Tensor, labels: Tensor, *, drop_class: int | None = None) -> None:
         """Take samples out, to what would have been learnt without them. If that fails, nothing is changed.
 
-        They must be the features that were learnt, of a deterministic encoder and without augmentation: no trace of
-        single samples is kept to compare them with.
+        They must be the features that were learnt, to the bit, of a deterministic encoder and without augmentation.
+        With ``remember`` that is checked, and each is taken out once. Without it there is no trace of single samples to
+        compare them with: a sample that was never learnt, is forgotten twice or had another label is taken out as well,
+        and what is left is wrong, unless it is so far from what was learnt that no least squares problem would be
+        left. With fewer samples than ``hidden`` most such features are noticed so; with more, hardly any.
 
         Args:
             features: That were learnt.
@@ -132,8 +151,9 @@ class AnalyticClassifier(nn.Module):
             drop_class: Remove the column of a class of which nothing is left; the classes above it move down by one.
 
         Raises:
-            ValueError: There are not so many of a class, the features were not all learnt (some sample twice, for
-                example), or samples of ``drop_class`` are left.
+            ValueError: There are not so many of a class, samples of ``drop_class`` are left, or what would be left is
+                no least squares problem. With ``remember``, also whenever a sample was not learnt with its label or is
+                forgotten already.
         """
         self._check(features, labels)
         number = self.num_classes
@@ -152,10 +172,13 @@ class AnalyticClassifier(nn.Module):
                 f"drop_class={drop_class!r} would have {left} samples left, of {number} classes; forget all samples of "
                 f"a class to drop it"
             )
+        left_over = self._without(self._hashes(features, labels)) if self.remember else None
         state = self._state()
         for rows, classes in self._pieces(features, labels):
             state = self._removed(*state, rows, classes)
         self._accept(state, counts)
+        if left_over is not None:
+            self.learnt = left_over
         if drop_class is not None:
             kept = torch.arange(number, device=self.counts.device) != drop_class
             self._keep_classes(kept)
@@ -167,6 +190,32 @@ class AnalyticClassifier(nn.Module):
             if self.form == "gram" and not self._solved:
                 self._solve()
             return self._expand(features) @ self.weight
+
+    # What is remembered
+
+    def _hashes(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return 64 bits of each sample and its label, whatever the floating dtype of the features."""
+        factors = torch.arange(1, self.dim + 1, device=features.device) * -0x61C8864680B583EB
+        found = [
+            _mixed(_mixed((some.double() + 0.0).view(torch.int64) ^ factors).sum(1) + own)  # -0.0 is 0.0
+            for some, own in zip(features.split(ROWS), _mixed(self._names[labels.long()] + 1).split(ROWS), strict=True)
+        ]
+        return torch.cat(found)
+
+    def _without(self, hashes: Tensor) -> Tensor:
+        """Return what is left of those learnt, each taken once."""
+        wanted = hashes.sort()[0]
+        again = torch.arange(len(wanted), device=wanted.device) - torch.searchsorted(wanted, wanted)
+        place = torch.searchsorted(self.learnt, wanted) + again
+        missing = int((place >= torch.searchsorted(self.learnt, wanted, right=True)).sum())
+        if missing:
+            raise ValueError(
+                f"features holds {missing} samples that were not learnt with their labels, or are forgotten already; "
+                f"forget the very features that were learnt, with the labels they had, each once"
+            )
+        kept = torch.ones_like(self.learnt, dtype=torch.bool)
+        kept[place] = False
+        return self.learnt[kept]
 
     # The two forms
 
@@ -235,6 +284,8 @@ class AnalyticClassifier(nn.Module):
 
     def _keep_classes(self, kept: Tensor) -> None:
         self.counts = self.counts[kept]
+        if self.remember:
+            self._names = self._names[kept]
         for name in self._columns():
             setattr(self, name, getattr(self, name)[:, kept])
 
@@ -273,8 +324,18 @@ class AnalyticClassifier(nn.Module):
             number = len(state_dict[f"{prefix}counts"])
             self._keep_classes(torch.arange(self.num_classes, device=self.counts.device) < number)
             self._set_classes(number)
+        if self.remember and f"{prefix}learnt" in state_dict:
+            self.learnt = self.learnt.new_zeros(state_dict[f"{prefix}learnt"].shape)
+            self._names = self._names.new_zeros(number)
         super()._load_from_state_dict(state_dict, prefix, *more)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Scatter int64 over all 64 bits, as the finaliser of SplitMix64 does."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        numbers = (numbers ^ ((numbers >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return numbers

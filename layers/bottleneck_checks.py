@@ -37,11 +37,11 @@ def check_representation(z: Tensor, mask: Tensor | None, dim: int, name: str = "
     return tokens, mask
 
 
-def check_indices(indices: Tensor, num_codebooks: int) -> None:
-    """Require what ``lookup`` returns.
+def check_indices(indices: Tensor, num_codebooks: int, mask: Tensor | None = None) -> None:
+    """Require what ``lookup`` returns, and a mask of its tokens.
 
     Raises:
-        ValueError: Rank, codebooks or dtype is wrong.
+        ValueError: Rank, codebooks or dtype is wrong, or the mask does not fit.
     """
     integer = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
     if indices.dim() != 4 or indices.shape[1] != num_codebooks or not integer:
@@ -49,6 +49,13 @@ def check_indices(indices: Tensor, num_codebooks: int) -> None:
             f"indices has shape {tuple(indices.shape)} and dtype {indices.dtype}; it must hold integers, (batch, "
             f"{num_codebooks}, topk, tokens), as lookup returns them"
         )
+    if mask is not None:
+        check_mask(mask, (len(indices), indices.shape[3]))
+
+
+def is_fetched(indices: Tensor, mask: Tensor | None) -> Tensor:
+    """Return where indices are of a pair and of a real token, bool."""
+    return indices >= 0 if mask is None else (indices >= 0) & mask[:, None, None]
 
 
 def masked_to_zero(z: Tensor, mask: Tensor | None) -> Tensor:

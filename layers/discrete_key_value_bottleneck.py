@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memzoo.layers.bottleneck_checks import check_indices, check_mask
+from memzoo.layers.bottleneck_checks import check_indices, is_fetched
 from memzoo.layers.errors import check_choice, check_positive
 from memzoo.layers.frozen_keys import FrozenKeys, Splitter
 from memzoo.layers.ops.nearest_key import CHUNK_BYTES
@@ -28,8 +28,8 @@ class BottleneckOutput:
 
     Attributes:
         values: (batch, codebooks, tokens, dim_value), summed over the ``topk`` nearest.
-        indices: (batch, codebooks, topk, tokens), int64.
-        distances: (batch, codebooks, topk, tokens), squared.
+        indices: (batch, codebooks, topk, tokens), int64, -1 where nothing is fetched.
+        distances: (batch, codebooks, topk, tokens), squared; infinity where the index is -1.
     """
 
     values: Tensor
@@ -68,7 +68,7 @@ class DiscreteKeyValueBottleneck(FrozenKeys):
         splitter: "random" projects each head on ``dim_key`` directions of length 1; "chunk" cuts ``z`` into heads, with
             ``dim = num_codebooks * dim_key``; "learned" draws ``projection`` as ``nn.Linear`` would, for one learnt
             elsewhere (principal components, say) to be copied or loaded into it. None is trained here.
-        topk: How many of the nearest keys are fetched.
+        topk: How many of the nearest keys are fetched; fewer from a codebook that has fewer left.
         mask_unused: Fetch in ``eval()`` only pairs that were fetched in training; for values that do not start at zero.
         value_init: "zeros", or "normal" for N(0, 1).
         standardize: Shift and scale ``z`` by mean and standard deviation of what keys are initialised from.
@@ -80,7 +80,8 @@ class DiscreteKeyValueBottleneck(FrozenKeys):
         keys: (num_codebooks, num_pairs, dim_key).
         projection: (num_codebooks, dim, dim_key), not with "chunk".
         usage: (num_codebooks, num_pairs) int64, how often each pair was fetched in ``train()`` once keys were frozen,
-            by ``forward``, ``read`` or ``vote``. Under data parallelism each rank counts its own.
+            by ``forward``, ``read`` or ``vote``. Where ``torch.distributed`` is initialised it is summed over ranks, so
+            that all agree: in ``train()`` every rank is to call these as often as the others.
         disabled: (num_codebooks, num_pairs) bool, pairs that are never fetched.
 
     Shape:
@@ -143,77 +144,84 @@ class DiscreteKeyValueBottleneck(FrozenKeys):
     def read(self, indices: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Return the values of pairs (batch, num_codebooks, topk, tokens, dim_value).
 
+        They are zero, and are not counted as usage, where the index is -1 or the mask is False.
+
         Args:
             indices: Of ``lookup``.
-            mask: (batch, tokens) bool, real tokens; those of others are read all the same, and not counted as usage.
+            mask: (batch, tokens) bool, real tokens; those that were masked in ``lookup`` need none.
         """
-        check_indices(indices, self.num_codebooks)
-        if mask is not None:
-            check_mask(mask, (len(indices), indices.shape[3]))
+        check_indices(indices, self.num_codebooks, mask)
         self._count(indices, mask)
-        return self._read(indices)
+        return self._read(indices, mask)
 
     def vote(self, indices: Tensor, *, mask: Tensor | None = None, sparse: bool = False) -> Tensor:
         """Return the mean over codebooks and real tokens of the values, summed over ``topk``: logits without a decoder.
 
         Equal to ``read`` and a mean, without the fetched values in memory: they are added up, in order of codebooks, in
-        one pass. Zero for a sample without a real token.
+        one pass. A token is real if it has an index that is not -1 and the mask is True. Zero for a sample without one.
 
         Args:
             indices: Of ``lookup``; those of pairs that were disabled since are read all the same.
-            mask: As ``lookup`` had it.
+            mask: As in ``read``.
             sparse: Give ``values`` a sparse gradient, which costs what was fetched and not what there is.
 
         Shape:
             indices: (batch, num_codebooks, topk, tokens), integers. mask: (batch, tokens). Returns (batch, dim_value).
         """
-        check_indices(indices, self.num_codebooks)
-        if mask is not None:
-            check_mask(mask, (len(indices), indices.shape[3]))
+        check_indices(indices, self.num_codebooks, mask)
         self._count(indices, mask)
-        places = self._places(indices)
-        table = SparseRows.apply(self.values) if sparse else self.values.flatten(0, 1)
-        if mask is None:
-            voted = F.embedding_bag(places.flatten(1), table, mode="sum", sparse=sparse)
-            return voted / (self.num_codebooks * indices.shape[3])
-        real = mask[:, None, None].expand_as(indices)
-        share = self.num_codebooks * mask.sum(1, keepdim=True)
-        if sparse:  # a gradient of zero would be one all the same
-            first = real.flatten(1).sum(1).cumsum(0)
-            voted = F.embedding_bag(places[real], table, F.pad(first[:-1], (1, 0)), mode="sum", sparse=True)
+        places, fetched = self._places(indices), is_fetched(indices, mask)
+        if sparse:
+            rows, first = places.flatten(1), None
+            if not fetched.all():  # a gradient of zero would be one all the same
+                rows, first = places[fetched], F.pad(fetched.flatten(1).sum(1).cumsum(0)[:-1], (1, 0))
+            voted = F.embedding_bag(rows, SparseRows.apply(self.values), first, mode="sum", sparse=True)
         else:
-            weights = real.to(table.dtype).flatten(1)
+            table = self.values.flatten(0, 1)
+            weights = fetched.to(table.dtype).flatten(1)
             voted = F.embedding_bag(places.flatten(1), table, mode="sum", per_sample_weights=weights)
-        return voted / share.clamp(min=1)
+        return voted / (self.num_codebooks * _real_tokens(fetched)).clamp(min=1)[:, None]
 
     def forward(self, z: Tensor, *, mask: Tensor | None = None, return_info: bool = False) -> Tensor | BottleneckOutput:
         """Return what ``z`` fetches, or with ``return_info`` that and how it was found."""
         indices, distances = self._find(z, mask)
-        self._count(indices, mask)
-        values = self._read(indices).sum(2)
-        if mask is not None:
-            values = values * mask[:, None, :, None]
+        self._count(indices, None)
+        values = self._read(indices, None).sum(2)
         return BottleneckOutput(values, indices, distances) if return_info else values
 
     # Looking inside
 
-    def overlap(self, a: Tensor, b: Tensor) -> Tensor:
+    @torch.no_grad()
+    def overlap(self, a: Tensor, b: Tensor, *, mask_a: Tensor | None = None, mask_b: Tensor | None = None) -> Tensor:
         """Return the share of pairs that every two samples have in common, (rows of a, rows of b), from 0 to 1.
 
         With one token and ``topk=1``, the share of codebooks in which both fetch the same. A step of plain SGD at rate
         r on ``a`` alone moves what is voted at ``b`` by ``-r overlap / num_codebooks`` times the gradient of the loss
-        by the logits of ``a``; with more tokens or ``topk``, times ``topk ** 2``.
+        by the logits of ``a``; with more tokens or ``topk``, times ``topk ** 2``. Real tokens count, as in ``vote``:
+        of the ``num_codebooks * topk ** 2`` times real tokens of the one times those of the other comparisons, how many
+        find the same pair.
 
         Shape:
-            a, b: (rows, num_codebooks, topk, tokens), as ``lookup`` returns them.
+            a, b: (rows, num_codebooks, topk, tokens), as ``lookup`` returns them. mask_a, mask_b: (rows, tokens) bool.
         """
-        check_indices(a, self.num_codebooks)
-        check_indices(b, self.num_codebooks)
+        check_indices(a, self.num_codebooks, mask_a)
+        check_indices(b, self.num_codebooks, mask_b)
         found = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-        for one, other in zip(a.flatten(2).unbind(1), b.flatten(2).unbind(1), strict=True):
-            for own in one.unbind(1):
-                found += (own[:, None, None] == other[None]).sum(-1)
-        return found / (self.num_codebooks * a[0, 0].numel() * b[0, 0].numel()) if len(a) and len(b) else found
+        if not found.numel():
+            return found
+        own, other = is_fetched(a, mask_a), is_fetched(b, mask_b)
+        # How often each row of b has each pair of a codebook, and the sum of that over the pairs of each row of a.
+        rows = max(1, self.chunk_bytes // (4 * self.num_pairs))
+        for c in range(self.num_codebooks):
+            pairs, weights = a[:, c].flatten(1).long().clamp(min=0), own[:, c].flatten(1).float()
+            for start in range(0, len(b), rows):
+                part = slice(start, start + rows)
+                theirs = b[part, c].flatten(1).long().clamp(min=0)
+                table = weights.new_zeros(self.num_pairs, len(theirs))
+                table.T.scatter_add_(1, theirs, other[part, c].flatten(1).float())
+                found[:, part] += F.embedding_bag(pairs, table, mode="sum", per_sample_weights=weights)
+        tokens = _real_tokens(own)[:, None] * _real_tokens(other)
+        return found / (self.num_codebooks * a.shape[2] * b.shape[2] * tokens).clamp(min=1)
 
     # Changing what there is
 
@@ -234,8 +242,9 @@ class DiscreteKeyValueBottleneck(FrozenKeys):
 
     # Parts
 
-    def _read(self, indices: Tensor) -> Tensor:
-        return F.embedding(self._places(indices), self.values.flatten(0, 1))
+    def _read(self, indices: Tensor, mask: Tensor | None) -> Tensor:
+        values = F.embedding(self._places(indices), self.values.flatten(0, 1))
+        return values.masked_fill_(~is_fetched(indices, mask)[..., None], 0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         """Take as many classes as the file has."""
@@ -252,6 +261,11 @@ class DiscreteKeyValueBottleneck(FrozenKeys):
             f"dim={self.dim}, num_codebooks={self.num_codebooks}, num_pairs={self.num_pairs}, dim_key={self.dim_key}, "
             f"dim_value={self.dim_value}, splitter={self.splitter!r}"
         )
+
+
+def _real_tokens(fetched: Tensor) -> Tensor:
+    """Count the tokens of each row that fetch anything, of (rows, codebooks, topk, tokens)."""
+    return fetched.flatten(1, 2).any(1).sum(1)
 
 
 @register_layer("discrete_key_value_bottleneck", "bottleneck")

@@ -7,9 +7,16 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from memzoo.layers.bottleneck_checks import check_representation, check_sizes, masked_to_zero
+from memzoo.layers.bottleneck_checks import check_representation, check_sizes, is_fetched, masked_to_zero
 from memzoo.layers.errors import check_choice
-from memzoo.layers.key_initialization import KeyMethod, check_key_options, find_keys, mean_and_scale
+from memzoo.layers.key_initialization import (
+    KeyMethod,
+    check_key_options,
+    find_keys,
+    mean_and_scale,
+    spread,
+    sum_over_ranks,
+)
 from memzoo.layers.ops.nearest_key import nearest_key
 from memzoo.layers.ops.precision import no_autocast
 
@@ -133,15 +140,27 @@ class FrozenKeys(nn.Module):
         self._stage.fill_(FROZEN)
 
     def freeze_keys(self) -> None:
-        """Take the keys as they are: drawn at random, or copied into ``keys``. Usage starts at zero."""
+        """Take the keys as they are: drawn at random, or copied into ``keys``. Usage starts at zero.
+
+        Raises:
+            ValueError: ``standardize`` is set, and ``shift`` and ``scale`` are no statistics yet.
+        """
         if self.stage != FROZEN:
+            if self.shift is not None and self.scale is not None and not self.shift.any() and (self.scale == 1).all():
+                raise ValueError(
+                    "standardize=True, and shift and scale are those it was built with, which standardise nothing; "
+                    "call initialize_keys(batches), which finds them, or copy a mean and a deviation into them first"
+                )
             self.usage.zero_()
             self._stage.fill_(FROZEN)
 
     # Looking
 
     def lookup(self, z: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Return the pairs that ``z`` fetches (batch, num_codebooks, topk, tokens), int64; 0 at masked tokens.
+        """Return the pairs that ``z`` fetches (batch, num_codebooks, topk, tokens), int64.
+
+        It is -1 where nothing is: at masked tokens, and after the pairs of a codebook that has fewer left than ``topk``
+        (``disable_pairs``, ``mask_unused``). ``read``, ``vote`` and ``overlap`` pass over these.
 
         Once keys are frozen it is a constant of ``z``, unless ``mask_unused`` is set.
         """
@@ -209,7 +228,10 @@ class FrozenKeys(nn.Module):
             allowed = torch.where(used.any(1, keepdim=True), used, allowed)
         found = nearest_key(heads, self.keys, topk=self.topk, allowed=allowed, chunk_bytes=self.chunk_bytes)
         indices, distances = (tensor.permute(0, 2, 3, 1) for tensor in found)  # from (batch, tokens, codebooks, topk)
-        return (indices if mask is None else indices * mask[:, None, None]), distances
+        if mask is not None:
+            padding = ~mask[:, None, None]
+            indices, distances = indices.masked_fill(padding, -1), distances.masked_fill(padding, torch.inf)
+        return indices, distances
 
     @torch.no_grad()
     def _heads(self, z: Tensor) -> Tensor:
@@ -232,18 +254,24 @@ class FrozenKeys(nn.Module):
         return check_representation(batch, None, self.dim, "batches")[0].to(self.keys.device).flatten(0, 1)
 
     def _places(self, indices: Tensor) -> Tensor:
-        """Return the rows of pairs in the table of all codebooks."""
+        """Return the rows of pairs in the table of all codebooks; of -1 that of the first pair."""
         first = torch.arange(self.num_codebooks, device=indices.device) * self.num_pairs
-        return indices.long() + first[:, None, None]
+        return indices.long().clamp(min=0) + first[:, None, None]
 
     @torch.no_grad()
     def _count(self, indices: Tensor, mask: Tensor | None) -> None:
-        """Count what training fetches."""
+        """Count what training fetches, on all ranks."""
         if not self.training:
             return
-        real = torch.ones_like(indices) if mask is None else mask[:, None, None].expand_as(indices)
+        counted = (is_fetched(indices, mask) * (self._stage == FROZEN)).flatten().to(self.usage.dtype)
         places = self._places(indices).flatten()
-        self.usage.view(-1).scatter_add_(0, places, (real * (self._stage == FROZEN)).flatten().to(self.usage.dtype))
+        if spread():
+            more = torch.zeros_like(self.usage)
+            more.view(-1).scatter_add_(0, places, counted)
+            sum_over_ranks(more)
+            self.usage.add_(more)
+        else:
+            self.usage.view(-1).scatter_add_(0, places, counted)
 
     def _check_stage(self) -> None:
         if self.stage != FROZEN and not self.allow_random_keys:

@@ -21,7 +21,7 @@ class IndexCache:
     also depend on what was trained: do not keep those then.
 
     Args:
-        indices: Of every sample, in its order.
+        indices: Of every sample, in its order; -1 where nothing is fetched, as ``lookup`` returns it.
         num_pairs: Of a codebook; says how many bytes an index takes.
         fingerprint: Of what computed them.
 
@@ -29,7 +29,7 @@ class IndexCache:
         indices: (samples, ...), integers.
 
     Raises:
-        ValueError: The indices are no integers in ``[0, num_pairs)``.
+        ValueError: The indices are no integers in ``[-1, num_pairs)``.
 
     Example:
         >>> import torch
@@ -45,12 +45,13 @@ class IndexCache:
                 f"indices has shape {tuple(indices.shape)} and dtype {indices.dtype}; it must hold integers, a row for "
                 f"each sample"
             )
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < num_pairs:
+        if indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < num_pairs:
             raise ValueError(
-                f"indices holds {int(indices.min())} to {int(indices.max())}, outside [0, {num_pairs}); use those of a "
-                f"bottleneck with num_pairs={num_pairs}"
+                f"indices holds {int(indices.min())} to {int(indices.max())}, outside [-1, {num_pairs}); use those of "
+                f"a bottleneck with num_pairs={num_pairs}"
             )
-        self.indices = indices.to(compact_dtype(num_pairs))
+        none = bool((indices < 0).any())
+        self.indices = indices.to(compact_dtype(num_pairs, signed=none))
         self.num_pairs = num_pairs
         self.fingerprint = fingerprint
 
@@ -110,9 +111,9 @@ class IndexCache:
         return cache
 
 
-def compact_dtype(num_pairs: int) -> torch.dtype:
-    """Return the smallest dtype for indices below ``num_pairs``: uint8, int16, int32 or int64."""
-    for dtype in (torch.uint8, torch.int16, torch.int32):
+def compact_dtype(num_pairs: int, *, signed: bool = False) -> torch.dtype:
+    """Return the smallest dtype for indices below ``num_pairs``: uint8, int16, int32 or int64; signed, with int8."""
+    for dtype in (torch.int8 if signed else torch.uint8, torch.int16, torch.int32):
         if num_pairs - 1 <= torch.iinfo(dtype).max:
             return dtype
     return torch.int64

@@ -130,7 +130,7 @@ def ema_update(
     counts = torch.bincount(flat, minlength=codebooks * pairs).view(codebooks, pairs).to(state.counts)
     sums = torch.zeros_like(state.sums).flatten(0, 1).index_add_(0, flat, heads.flatten(0, 1)).view_as(state.sums)
     for tensor in (rows, counts, sums):
-        _sum_over_ranks(tensor)
+        sum_over_ranks(tensor)
     state.counts.lerp_(counts, 1 - decay)
     state.sums.lerp_(sums, 1 - decay)
     total = state.counts.sum(1, keepdim=True)
@@ -215,18 +215,20 @@ def _check_any(seen: int) -> None:
         raise ValueError("batches hold no vector to find keys for; give at least one, and a mask that leaves one")
 
 
-def _spread() -> bool:
+def spread() -> bool:
+    """Return whether there are other ranks to agree with."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _sum_over_ranks(tensor: Tensor) -> None:
-    if _spread():
+def sum_over_ranks(tensor: Tensor) -> None:
+    """Add up what each rank has, in place."""
+    if spread():
         dist.all_reduce(tensor)
 
 
 def _from_rank_0(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
-    if _spread():
+    if spread():
         dist.broadcast(tensor, 0)
     return tensor
 
@@ -244,7 +246,7 @@ def mean_and_scale(batches: Iterable[Tensor], dim: int) -> tuple[Tensor, Tensor]
         moments = own if moments is None else moments + own
     _check_any(0 if moments is None else int(moments[0]))
     assert moments is not None
-    _sum_over_ranks(moments)
+    sum_over_ranks(moments)
     count, sums, squares = moments.split([1, dim, dim])
     mean = sums / count
     scale = (squares / count - mean.square()).clamp(min=0).sqrt()

@@ -1,8 +1,6 @@
 """ClassIncrementalModule: train a classifier on a stream of tasks, and ask it for all of them."""
 
 import math
-import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast, get_args
 
@@ -13,7 +11,23 @@ from torch import Tensor, nn
 from memzoo.arch import create_model
 from memzoo.layers.errors import check_choice, check_number
 from memzoo.lit_modules.causal_lm import data_module
-from memzoo.lit_modules.class_incremental_parts import OnDevice, check_stream, find_learner, masked_cross_entropy
+from memzoo.lit_modules.class_incremental_parts import (
+    OPTIMIZERS,
+    Answers,
+    OnDevice,
+    OptimizerName,
+    best_class,
+    check_gradients,
+    check_stream,
+    encode_all,
+    find_learner,
+    fraction_unused,
+    go_past_epoch,
+    make_ready,
+    masked_cross_entropy,
+    of_all_devices,
+    silence,
+)
 from memzoo.lit_modules.continual_strategies import ContinualStrategy
 from memzoo.lit_modules.model_editing import EditCounter
 
@@ -21,12 +35,6 @@ PART = "class_incremental"  # of a checkpoint
 
 TrainLogits = Literal["all", "seen", "current"]
 EvalLogits = Literal["all", "seen", "task"]
-OptimizerName = Literal["sgd", "adam", "sparse_adam"]
-OPTIMIZERS: dict[OptimizerName, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "sparse_adam": torch.optim.SparseAdam,
-}
 
 
 class ClassIncrementalModule(LightningModule):
@@ -44,8 +52,10 @@ class ClassIncrementalModule(LightningModule):
 
     Logs ``train/loss``, ``train/online_accuracy`` (the share of all samples so far that were right when they came,
     before they were trained on; later passes over them count too) and, with validation, ``val/accuracy`` (the mean over
-    tasks) and ``val/accuracy/task_0`` and so on; the same for a test. Dropout, if there is any, is on where the online
-    accuracy is measured, which is in the training step.
+    tasks), ``val/macro_accuracy`` (that over classes) and ``val/accuracy/task_0`` and so on; the same for a test. Of a
+    model with a ``bottleneck``, ``train/fraction_unused`` at the end of each epoch. Dropout, if there is any, is on
+    where the online accuracy is measured, which is in the training step. On several devices all of it, and ``seen``,
+    is of the samples of all of them, each counted once in validation and test.
 
     A run that was killed goes on to the same weights, to the bit, on one device: a checkpoint holds the classes seen,
     the state of the strategy and that of the random numbers. A fit without ``ckpt_path`` starts with the model as it is
@@ -66,6 +76,8 @@ class ClassIncrementalModule(LightningModule):
         strategy: Against forgetting; none by default.
         precompute: Encode all samples once, before the first step.
         key_options: Of ``model.initialize_keys``.
+        online_accuracy: Ask for each batch before it is trained on. False spares a head that learns without gradients
+            the answer, which costs ``AnalyticClassifier(form="gram")`` a solution of its system at every step.
 
     Attributes:
         model: The model.
@@ -93,6 +105,7 @@ class ClassIncrementalModule(LightningModule):
         strategy: ContinualStrategy | None = None,
         precompute: bool = False,
         key_options: dict[str, Any] | None = None,
+        online_accuracy: bool = True,
     ) -> None:
         super().__init__()
         check_number("learning_rate", learning_rate)
@@ -122,7 +135,7 @@ class ClassIncrementalModule(LightningModule):
         self.seen: list[int] = []
         self._online = [0, 0]  # right, asked
         self._taken_up: dict[str, Any] | None = None  # of a checkpoint, until the fit begins
-        self._counts: dict[int, list[int]] = {}
+        self._answers: Answers | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits (batch, classes)."""
@@ -136,7 +149,7 @@ class ClassIncrementalModule(LightningModule):
 
     @property
     def online_accuracy(self) -> float:
-        """Share of all samples so far that were right when they came; NaN before any."""
+        """Share of all samples so far that were right when they came; NaN before any, and where it is not asked for."""
         right, asked = self._online
         return right / asked if asked else math.nan
 
@@ -147,7 +160,7 @@ class ClassIncrementalModule(LightningModule):
         return cast(Tensor, self.model.decode(batch["codes"]) if "codes" in batch else self.model(batch["inputs"]))
 
     def predict(self, batch: Mapping[str, Tensor], logits: EvalLogits | None = None) -> Tensor:
-        """Return the class of each sample (batch,), -1 where the model has none to offer.
+        """Return the class of each sample (batch,), -1 where the model has none to offer or a score is NaN.
 
         Args:
             batch: A batch of the data module.
@@ -156,16 +169,9 @@ class ClassIncrementalModule(LightningModule):
         return self._choose(self.class_logits(batch), batch, logits or self.hparams["eval_logits"])
 
     def _choose(self, logits: Tensor, batch: Mapping[str, Tensor], policy: EvalLogits) -> Tensor:
-        if not logits.shape[1]:  # of a head that has no class yet
-            return torch.full_like(batch["labels"], -1)
         if policy == "task":
-            allowed = self._task_table(logits)[batch["task"]]
-        elif policy == "seen" and self.seen:
-            allowed = self._mask(self.seen, logits)
-        else:
-            return logits.argmax(1)
-        best, chosen = logits.masked_fill(~allowed, -torch.inf).max(1)
-        return torch.where(best == -torch.inf, -1, chosen)
+            return best_class(logits, self._task_table(logits)[batch["task"]])
+        return best_class(logits, self._mask(self.seen, logits) if policy == "seen" and self.seen else None)
 
     def _mask(self, classes: Iterable[int], logits: Tensor) -> Tensor:
         mask = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
@@ -181,85 +187,101 @@ class ClassIncrementalModule(LightningModule):
         """Return the loss; a model that learns without gradients learns here and has none."""
         rows, labels = len(batch["labels"]), batch["labels"]
         if self.learner is not None:
-            self._ask(self._choose(self.class_logits(batch), batch, self.hparams["eval_logits"]), labels)
+            self._note(self.class_logits(batch) if self.hparams["online_accuracy"] else None, batch)
             codes = batch["codes"] if "codes" in batch else self.model.encode(batch["inputs"])
             self.learner.learn(codes, labels)
-            self._see(labels)
             cast(Any, self.optimizers()).step()  # a batch is a step, for checkpoints and progress
             return None
+        data = data_module(self.trainer)
         used = batch if self.strategy is None else self.strategy.extend(batch)
         logits = self.class_logits(used)
         if logits.shape[1] <= int(labels.max()):
             raise ValueError(
                 f"the model has {logits.shape[1]} classes and the data a class {int(labels.max())}; build the model "
-                f"for {data_module(self.trainer).num_classes} classes"
+                f"for {data.num_classes} classes"
             )
-        self._ask(self._choose(logits[:rows].detach(), batch, self.hparams["eval_logits"]), labels)
-        self._see(labels)
-        smoothing = self.hparams["label_smoothing"]
-        loss = masked_cross_entropy(logits, used["labels"], self._in_loss(logits, used), smoothing)
+        self._note(logits[:rows].detach() if self.hparams["online_accuracy"] else None, batch)
+        smoothing, allowed = self.hparams["label_smoothing"], self.in_loss(logits, data.current_task, used)
+        loss = masked_cross_entropy(logits, used["labels"], allowed, smoothing)
         self.log("train/loss", loss, prog_bar=True, batch_size=rows)
         if self.strategy is not None:
             if (penalty := self.strategy.penalty(self)) is not None:
                 self.log("train/penalty", penalty, batch_size=rows)
                 loss = loss + penalty
             # Before the step: a checkpoint is written between the step and any later hook of a module.
-            first = self.trainer.current_epoch % data_module(self.trainer).epochs_per_task == 0
+            first = self.trainer.current_epoch % data.epochs_per_task == 0
             self.strategy.observe(batch, first_pass=first)
         return loss
 
-    def _in_loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Return which classes are in the softmax of each row, None for all."""
+    def in_loss(self, logits: Tensor, task: int, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return which classes are in the softmax of each row of a batch that is shown in a task; None for all.
+
+        Args:
+            logits: (batch, classes).
+            task: From 0.
+            batch: With ``replayed``, where some rows are.
+        """
         policy: TrainLogits = self.hparams["train_logits"]
         if policy == "all":
             return None
         seen = self._mask(self.seen, logits)
         if policy == "seen":
             return seen.expand_as(logits)
-        data = data_module(self.trainer)
-        own = self._mask(data.task_classes[data.current_task], logits)
+        own = self._mask(data_module(self.trainer).task_classes[task], logits)
         replayed = batch.get("replayed")
         return own.expand_as(logits) if replayed is None else torch.where(replayed[:, None], seen, own)
 
-    def _see(self, labels: Tensor) -> None:
-        self.seen = sorted({*self.seen, *labels.tolist()})
+    def _note(self, logits: Tensor | None, batch: Mapping[str, Tensor]) -> None:
+        """Count what is right and take note of the classes, of all devices."""
+        labels, right, asked = batch["labels"], 0, 0
+        if logits is not None:
+            right = int((self._choose(logits, batch, self.hparams["eval_logits"]) == labels).sum())
+            asked = len(labels)
+        right, asked, classes = of_all_devices(self.trainer, right, asked, labels)
+        self.seen = sorted({*self.seen, *classes})
+        if asked:
+            self._online = [self._online[0] + right, self._online[1] + asked]
+            self.log("train/online_accuracy", self.online_accuracy, prog_bar=True, batch_size=len(labels))
 
-    def _ask(self, chosen: Tensor, labels: Tensor) -> None:
-        self._online[0] += int((chosen == labels).sum())
-        self._online[1] += len(labels)
-        self.log("train/online_accuracy", self.online_accuracy, prog_bar=True, batch_size=len(labels))
+    def on_train_epoch_end(self) -> None:
+        """Log the share of a bottleneck's pairs that training has not fetched yet."""
+        if (unused := fraction_unused(self.model)) is not None:
+            self.log("train/fraction_unused", unused, sync_dist=True)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count what is right, by task."""
-        counts = self._counts.setdefault(dataloader_idx, [0, 0])
-        counts[0] += int((self.predict(batch) == batch["labels"]).sum())
-        counts[1] += len(batch["labels"])
+        """Take note of what is said."""
+        assert self._answers is not None
+        self._answers.add(batch, self.predict(batch))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count what is right, by task."""
+        """Take note of what is said."""
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
-        self._counts = {}
+        self._ask("val")
 
     def on_test_epoch_start(self) -> None:
         """Start counting."""
-        self._counts = {}
+        self._ask("test")
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies."""
-        self._log_counts("val")
+        self._log_answers("val")
 
     def on_test_epoch_end(self) -> None:
         """Log the accuracies."""
-        self._log_counts("test")
+        self._log_answers("test")
 
-    def _log_counts(self, stage: str) -> None:
-        shares = {task: right / asked for task, (right, asked) in self._counts.items()}
-        if shares:
-            self.log(f"{stage}/accuracy", sum(shares.values()) / len(shares), prog_bar=True, sync_dist=True)
-        self.log_dict({f"{stage}/accuracy/task_{task}": share for task, share in shares.items()}, sync_dist=True)
+    def _ask(self, split: str) -> None:
+        data = data_module(self.trainer)
+        self._answers = Answers(data.size(split), data.num_tasks, data.num_classes, self.device)
+
+    def _log_answers(self, split: str) -> None:
+        assert self._answers is not None
+        self._answers.gather(self.trainer)
+        for name, share in self._answers.accuracies().items():  # which all devices agree on
+            self.log(f"{split}/{name}", share, prog_bar=name == "accuracy", sync_dist=True)
 
     # What is told by TaskBoundary
 
@@ -303,22 +325,12 @@ class ClassIncrementalModule(LightningModule):
                 self.strategy.load_state_dict(kept["strategy_state"])
         data = data_module(self.trainer)
         if getattr(self.model, "needs_keys", False):
-            inputs = OnDevice(data.unlabelled(), self.device)
+            inputs = OnDevice(data.unlabelled(), make_ready(self.trainer))
             self.model.initialize_keys(inputs, **(self.hparams["key_options"] or {}))
         if self.hparams["precompute"]:
             for split in ("train", "val", "test"):
                 if data.size(split):
-                    data.replace_inputs(split, self._codes(data.unlabelled(split=split)))
-
-    @torch.no_grad()
-    def _codes(self, batches: Iterable[Tensor]) -> Tensor:
-        modes = {part: part.training for part in self.modules()}
-        self.eval()
-        try:
-            return torch.cat([self.model.encode(inputs).cpu() for inputs in OnDevice(batches, self.device)])
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
+                    data.replace_inputs(split, encode_all(self, data.unlabelled(split=split)))
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of a checkpoint, and past a finished epoch."""
@@ -328,12 +340,7 @@ class ClassIncrementalModule(LightningModule):
         torch.set_rng_state(kept["random"].cpu())
         if kept["cuda_random"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([state.cpu() for state in kept["cuda_random"]])
-        # Lightning asks whether the last batch of an epoch was done by the length of the next epoch's loader, which is
-        # another where tasks have different sizes.
-        epochs = self.trainer.fit_loop
-        batches = epochs.epoch_loop
-        if epochs.restarted_mid_epoch and batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch:
-            batches.batch_progress.current.completed = sys.maxsize - 1
+        go_past_epoch(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Check that gradients are what the optimiser takes.
@@ -341,21 +348,11 @@ class ClassIncrementalModule(LightningModule):
         Raises:
             ValueError: They are not.
         """
-        name = self.hparams["optimizer"]
-        given = [weight.grad.is_sparse for weight in self.trained_parameters() if weight.grad is not None]
-        if name == "sparse_adam" and not all(given):
-            raise ValueError("optimizer='sparse_adam' takes sparse gradients and the model has dense ones; use 'adam'")
-        if name == "adam" and any(given):
-            raise ValueError("optimizer='adam' takes dense gradients and the model has sparse ones; use 'sparse_adam'")
+        check_gradients(self.hparams["optimizer"], self.trained_parameters())
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return none, and silence three warnings of what is meant here.
-
-        Encoders evaluate, heads learn in a step, and a stream without validation has no loader for it.
-        """
-        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
-        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        """Return none, and silence three warnings of what is meant here."""
+        silence()
         return cast(list[Callback], super().configure_callbacks())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from memzoo.layers.errors import check_choice, check_positive
 from memzoo.lit_modules.causal_lm import data_module
 from memzoo.lit_modules.class_incremental import ClassIncrementalModule, EvalLogits
+from memzoo.lit_modules.class_incremental_parts import Answers, Ready, as_in_a_step, in_evaluation_mode
 from memzoo.lit_modules.continual_metrics import average_accuracy
 from memzoo.lit_modules.task_matrix import AnytimeTracker, TaskMatrix
 
@@ -122,8 +123,9 @@ class ContinualEval(Callback):
 
     Evaluation leaves weights, buffers, random numbers and the modes of all modules as they were.
 
-    Logs ``test/accuracy/task_0`` and so on and ``test/average_accuracy`` (of the tasks so far) with each row, and
-    ``anytime/minimum_accuracy`` and so on with each evaluation of the trace.
+    Logs ``test/accuracy/task_0`` and so on, ``test/average_accuracy`` (of the tasks so far) and ``test/macro_accuracy``
+    (the mean over all classes) with each row, and ``anytime/minimum_accuracy`` and so on with each evaluation of the
+    trace.
 
     Args:
         split: "test", or "val" to choose hyper-parameters by.
@@ -131,6 +133,8 @@ class ContinualEval(Callback):
         samples: Of each task for the trace, the first, which are a random choice; None for all.
         window: Evaluations of windowed forgetting and plasticity.
         logits: Which classes can be answered, "all", "seen" or "task"; what the module says by default.
+        device_bytes: Of the trace's samples, to keep on the device during a fit. What is beyond them waits in main
+            memory and is moved for each evaluation.
 
     Attributes:
         trace: The evaluations on the way.
@@ -149,6 +153,7 @@ class ContinualEval(Callback):
         samples: int | None = 1000,
         window: int = 10,
         logits: EvalLogits | None = None,
+        device_bytes: int = 256 * 2**20,
     ) -> None:
         check_choice("split", split, get_args(EvalSplit))
         if logits is not None:
@@ -157,14 +162,17 @@ class ContinualEval(Callback):
             if count is not None:
                 check_positive(name, count)
         self.split, self.every_n_steps, self.samples = split, every_n_steps, samples
-        self.window, self.logits = window, logits
+        if device_bytes < 0:
+            raise ValueError(f"device_bytes={device_bytes} is negative; use 0 to keep nothing on the device")
+        self.window, self.logits, self.device_bytes = window, logits, device_bytes
         AnytimeTracker(1, window)  # which checks it
         self.trace: list[Evaluation] = []
         self._metric: TaskMatrix | None = None
         self._tracker: AnytimeTracker | None = None
         self._loaded: dict[str, Any] | None = None
         self.rows: list[int] = []
-        self._kept: dict[int, list[dict[str, Tensor]]] = {}  # batches of the trace, on the device
+        self._kept: dict[int, list[dict[str, Tensor]]] = {}  # batches of the trace
+        self._used = 0  # bytes of them on the device
 
     @property
     def state_key(self) -> str:
@@ -206,7 +214,7 @@ class ContinualEval(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on from a checkpoint."""
         tasks, loaded = data_module(trainer).num_tasks, self._loaded
-        self._kept, self._loaded = {}, None
+        self._kept, self._used, self._loaded = {}, 0, None
         # Every device measures everything: there is nothing to add up.
         self._metric = TaskMatrix(tasks, sync_on_compute=False)
         self._tracker = AnytimeTracker(tasks, self.window, sync_on_compute=False)
@@ -253,6 +261,10 @@ class ContinualEval(Callback):
         if _is_over(trainer):
             self._finish(trainer, pl_module, data_module(trainer).num_tasks - 1)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the samples."""
+        self._kept, self._used = {}, 0
+
     def _finish(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         if task not in self.rows:
             self._fill(trainer, pl_module, task)
@@ -267,14 +279,17 @@ class ContinualEval(Callback):
         assert isinstance(pl_module, ClassIncrementalModule)
         assert self._metric is not None
         data = data_module(trainer)
-        with evaluating(trainer, pl_module):
+        answers = Answers(data.size(self.split), data.num_tasks, data.num_classes, pl_module.device)
+        with evaluating(trainer, pl_module) as ready:
             for task in range(data.num_tasks):
-                for batch in data.task_loader(self.split, task):
-                    chosen = pl_module.predict(trainer.strategy.batch_to_device(batch), self.logits)
-                    self._metric.update(chosen.cpu(), batch["labels"], trained, task)
+                for batch in map(ready, data.task_loader(self.split, task)):
+                    chosen = pl_module.predict(batch, self.logits)
+                    self._metric.update(chosen.cpu(), batch["labels"].cpu(), trained, task)
+                    answers.add(batch, chosen)
         self.rows.append(trained)
         row = self._metric.compute()[trained]
         measured = {f"{self.split}/accuracy/task_{task}": float(value) for task, value in enumerate(row)}
+        measured[f"{self.split}/macro_accuracy"] = answers.accuracies()["macro_accuracy"]
         if trained >= 0:
             square = self._metric.compute()[: data.num_tasks]
             measured[f"{self.split}/average_accuracy"] = average_accuracy(square, after=trained)
@@ -286,11 +301,10 @@ class ContinualEval(Callback):
         assert self._tracker is not None
         data = data_module(trainer)
         accuracies = torch.full((data.num_tasks,), torch.nan, dtype=torch.float64)
-        with evaluating(trainer, pl_module):
+        with evaluating(trainer, pl_module) as ready:
             for task in tasks:
-                right = [
-                    pl_module.predict(batch, self.logits) == batch["labels"] for batch in self._batches(trainer, task)
-                ]
+                batches = map(ready, self._batches(trainer, task))
+                right = [pl_module.predict(batch, self.logits) == batch["labels"] for batch in batches]
                 accuracies[task] = float(torch.cat(right).double().mean())
         self.trace.append(Evaluation(trainer.global_step, trained, tuple(accuracies.tolist())))
         self._tracker.update(accuracies, trained)
@@ -299,8 +313,17 @@ class ContinualEval(Callback):
     def _batches(self, trainer: Trainer, task: int) -> list[dict[str, Tensor]]:
         if task not in self._kept:
             loader = data_module(trainer).task_loader(self.split, task, limit=self.samples)
-            self._kept[task] = [trainer.strategy.batch_to_device(batch) for batch in loader]
+            self._kept[task] = [self._placed(trainer, batch) for batch in loader]
         return self._kept[task]
+
+    def _placed(self, trainer: Trainer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = trainer.precision_plugin.convert_input(batch)
+        size = sum(value.nbytes for value in batch.values())
+        if self._used + size > self.device_bytes:
+            return batch
+        self._used += size
+        placed: dict[str, Tensor] = trainer.strategy.batch_to_device(batch)
+        return placed
 
     def _log(self, trainer: Trainer, measured: dict[str, float]) -> None:
         known = {name: value for name, value in measured.items() if not math.isnan(value)}
@@ -328,16 +351,13 @@ class ContinualEval(Callback):
 
 
 @contextmanager
-def evaluating(trainer: Trainer, module: nn.Module) -> Iterator[None]:
-    """Evaluate within: no gradients, nothing drawn, and all modes as they were afterwards."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with isolate_rng(), torch.inference_mode(), trainer.precision_plugin.val_step_context():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+def evaluating(trainer: Trainer, module: nn.Module) -> Iterator[Ready]:
+    """Evaluate within: no gradients, nothing drawn, and all modes as they were afterwards.
+
+    Gives what makes batches ready.
+    """
+    with in_evaluation_mode(module), isolate_rng(), torch.inference_mode(), as_in_a_step(trainer) as ready:
+        yield ready
 
 
 def _ends_task(trainer: Trainer) -> bool:

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice, check_number, check_positive
+from memzoo.layers.ops.precision import wider
 from memzoo.lit_modules.causal_lm import data_module
+from memzoo.lit_modules.class_incremental_parts import as_in_a_step, in_evaluation_mode
 
 if TYPE_CHECKING:
     from memzoo.lit_modules.class_incremental import ClassIncrementalModule
@@ -155,11 +157,12 @@ class ElasticWeightConsolidation(ContinualStrategy):
     ``strength / 2 * sum_k sum_i F_ki (w_i - w_ki)^2``: ``w_k`` are the weights after task ``k``, ``F_k`` the diagonal
     of its Fisher information, the mean of squared gradients of single samples' log-likelihood. The sum over tasks is
     kept as one ``F``, one mean of the ``w_k`` and one constant, exactly: memory does not grow with the number of tasks.
-    It needs the callback ``TaskBoundary``.
+    It needs the callback ``TaskBoundary``. The likelihood is over the classes that ``train_logits`` has in the loss;
+    what was never in it has no importance.
 
     Args:
         strength: Of the pull.
-        samples: Of a task, for its Fisher information; they are the first of its training samples, which is a random
+        samples: Of those that were shown in a task, for its Fisher information; they are the first, which is a random
             choice, one backward pass each.
         labels: Whose likelihood: that of the "data", the empirical Fisher information that most code uses, or of
             classes drawn from the "model", which is the Fisher information itself.
@@ -205,10 +208,10 @@ class ElasticWeightConsolidation(ContinualStrategy):
         """Return the pull; None before the first task has ended."""
         if not self._fisher:
             return None
-        terms = [
-            (self._fisher[name].to(weight) * (weight - self._anchor[name].to(weight)).square()).sum()
-            for name, weight in _trained(module).items()
-        ]
+        terms = []
+        for name, weight in _trained(module).items():
+            fisher, anchor = self._fisher[name].to(weight.device), self._anchor[name].to(weight.device)
+            terms.append((fisher * (wider(weight) - anchor).square()).sum())
         return self.strength / 2 * (torch.stack(terms).sum() + self._constant)
 
     def on_task_end(self, module: "ClassIncrementalModule", task: int) -> None:
@@ -228,29 +231,26 @@ class ElasticWeightConsolidation(ContinualStrategy):
 
     def _measure(self, module: "ClassIncrementalModule", task: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the Fisher information and the weights, by name."""
-        weights = _trained(module)
-        sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        loader = data_module(module.trainer).task_loader("train", task, batch_size=1, limit=self.samples)
-        modes = {part: part.training for part in module.modules()}
-        module.eval()
-        try:
-            with torch.enable_grad():
-                for batch in loader:
-                    logits = module.class_logits(module.trainer.strategy.batch_to_device(batch))
-                    grads = torch.autograd.grad(self._loss(logits, batch), [*weights.values()], allow_unused=True)
-                    for total, grad in zip(sums.values(), grads, strict=True):
-                        if grad is not None:
-                            total += grad.to_dense().square() if grad.is_sparse else grad.square()
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
+        weights, trainer = _trained(module), module.trainer
+        sums = {name: torch.zeros_like(wider(weight)) for name, weight in weights.items()}
+        loader = data_module(trainer).task_loader("train", task, batch_size=1, limit=self.samples, shown=True)
+        with in_evaluation_mode(module), torch.enable_grad(), as_in_a_step(trainer) as ready:
+            for batch in map(ready, loader):
+                logits = module.class_logits(batch)
+                if (allowed := module.in_loss(logits, task, batch)) is not None:
+                    logits = logits.masked_fill(~allowed, -torch.inf)
+                grads = torch.autograd.grad(self._loss(logits, batch), [*weights.values()], allow_unused=True)
+                for total, grad in zip(sums.values(), grads, strict=True):
+                    if grad is not None:
+                        total += wider(grad.to_dense() if grad.is_sparse else grad).square()
         count = len(loader)
-        return {name: (sums[name] / count, weight.detach().clone()) for name, weight in weights.items()}
+        return {name: (sums[name] / count, wider(weight).detach().clone()) for name, weight in weights.items()}
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.labels == "data":
-            return F.cross_entropy(logits, batch["labels"].to(logits.device))
-        drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=self._generator).squeeze(1)
+            return F.cross_entropy(logits, batch["labels"])
+        likely = wider(logits.detach()).softmax(1).cpu()
+        drawn = torch.multinomial(likely, 1, generator=self._generator).squeeze(1)
         return F.cross_entropy(logits, drawn.to(logits.device))
 
     def state_dict(self) -> dict[str, Any]:

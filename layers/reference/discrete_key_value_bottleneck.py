@@ -40,15 +40,34 @@ def lookup(
 
 
 def vote(values: Tensor, indices: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return logits (batch, dim_value): the mean over codebooks and real tokens of the values, summed over ``topk``."""
+    """Return logits (batch, dim_value): the mean over codebooks and real tokens of the values, summed over ``topk``.
+
+    An index of -1 fetches nothing, and a token that fetches nothing is not real.
+    """
     batch, codebooks, topk, tokens = indices.shape
     logits = []
     for b in range(batch):
-        real = [n for n in range(tokens) if mask is None or mask[b, n]]
-        fetched = [values[c, indices[b, c, t, n]] for c in range(codebooks) for t in range(topk) for n in real]
+        real = [n for n in range(tokens) if (mask is None or mask[b, n]) and (indices[b, :, :, n] >= 0).any()]
+        places = [(c, int(indices[b, c, t, n])) for c in range(codebooks) for t in range(topk) for n in real]
+        fetched = [values[c, j] for c, j in places if j >= 0]
         zero = values.new_zeros(values.shape[-1])
         logits.append(sum(fetched, zero) / (codebooks * max(len(real), 1)))
     return torch.stack(logits)
+
+
+def overlap(a: Tensor, b: Tensor, mask_a: Tensor | None = None, mask_b: Tensor | None = None) -> Tensor:
+    """Return the share of comparisons in which two samples find the same pair, (rows of a, rows of b)."""
+    found = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for i, own in enumerate(a):
+        for j, other in enumerate(b):
+            real_a = [n for n in range(a.shape[3]) if (mask_a is None or mask_a[i, n]) and (own[..., n] >= 0).any()]
+            real_b = [n for n in range(b.shape[3]) if (mask_b is None or mask_b[j, n]) and (other[..., n] >= 0).any()]
+            same = 0
+            for c in range(a.shape[1]):
+                for one in own[c][:, real_a].flatten().tolist():
+                    same += sum(one == two and one >= 0 for two in other[c][:, real_b].flatten().tolist())
+            found[i, j] = same / max(a.shape[1] * a.shape[2] * b.shape[2] * len(real_a) * len(real_b), 1)
+    return found
 
 
 def key_step(

@@ -1,5 +1,7 @@
 """Nearest key, one query, one codebook and one key at a time. Slow, and the definition of what is right."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ def nearest_key(
 
         d(c, j) = sum_i (q_ci - k_cji)^2
 
-    A codebook that allows no key allows all; of one that allows fewer than ``topk`` the furthest is repeated.
+    A codebook that allows no key allows all; one that allows fewer than ``topk`` gives -1, at distance infinity, after
+    them.
 
     Shape:
         queries: (..., codebooks, dim_key). keys: (codebooks, pairs, dim_key). allowed: (codebooks, pairs) bool.
@@ -26,7 +29,7 @@ def nearest_key(
             open_to = [j for j in range(pairs) if allowed is None or allowed[c, j]] or [*range(pairs)]
             measured = [(float((heads[c] - keys[c, j]).square().sum()), j) for j in open_to]
             nearest = sorted(measured)[:topk]
-            nearest += nearest[-1:] * (topk - len(nearest))
+            nearest += [(math.inf, -1)] * (topk - len(nearest))
             for place, (distance, j) in enumerate(nearest):
                 indices[row, c, place], distances[row, c, place] = j, distance
     return indices.view(*queries.shape[:-1], topk), distances.view(*queries.shape[:-1], topk)

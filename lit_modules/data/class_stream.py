@@ -1,5 +1,6 @@
 """ClassStreamData: images of classes as a stream of tasks, one after the other, for continual learning."""
 
+import hashlib
 import math
 from itertools import accumulate
 from typing import Any, cast, get_args
@@ -29,7 +30,7 @@ from memzoo.lit_modules.data.rows import ResumableLoader, RowSampler
 SPLITS: tuple[Split, ...] = get_args(Split)
 FIXED = (
     *("scenario", "num_tasks", "epochs_per_task", "first_classes", "domain", "rotation", "blurry"),
-    *("validation", "test", "batch_size", "seed"),
+    *("validation", "test", "online", "folder", "dataset", "batch_size", "seed"),
 )
 
 
@@ -241,7 +242,13 @@ class ClassStreamData(pl.LightningDataModule):
     # Loaders
 
     def task_loader(
-        self, split: Split, task: int, *, batch_size: int | None = None, limit: int | None = None
+        self,
+        split: Split,
+        task: int,
+        *,
+        batch_size: int | None = None,
+        limit: int | None = None,
+        shown: bool = False,
     ) -> DataLoader[dict[str, Tensor]]:
         """Return a loader of the samples that belong to a task, in their order; it is not shuffled nor augmented.
 
@@ -250,6 +257,7 @@ class ClassStreamData(pl.LightningDataModule):
             task: From 0.
             batch_size: ``eval_batch_size`` by default.
             limit: The first samples alone, which are a random choice; all by default.
+            shown: Those that are shown in the task, in place of those that belong to it.
 
         Raises:
             ValueError: There is no such split or task.
@@ -258,7 +266,7 @@ class ClassStreamData(pl.LightningDataModule):
         if not 0 <= task < self.num_tasks:
             raise ValueError(f"task={task} is not within [0, {self.num_tasks}); use one of the stream")
         plain = StreamRows(rows.source, rows.samples, rows.domain, codes=rows.codes)
-        index = (rows.samples.task == task).nonzero().flatten()[:limit]
+        index = ((rows.samples.shown if shown else rows.samples.task) == task).nonzero().flatten()[:limit]
         size = batch_size or self.eval_batch_size
         return DataLoader(TaskRows(plain, index), size, collate_fn=as_they_are, generator=torch.Generator())
 
@@ -307,7 +315,9 @@ class ClassStreamData(pl.LightningDataModule):
 
     @property
     def _fixed(self) -> dict[str, Any]:
-        return {"images": len(self.source.labels), **{name: self.hparams[name] for name in FIXED}}
+        labels = self.source.labels
+        digest = hashlib.sha256(labels.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+        return {"images": len(labels), **{name: self.hparams[name] for name in FIXED}, "labels_sha256": digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the order of the classes, which is not drawn again.
@@ -316,8 +326,8 @@ class ClassStreamData(pl.LightningDataModule):
             ValueError: The stream of the checkpoint was made otherwise, or of other classes.
         """
         own = self._fixed
-        if other := [name for name in own if state_dict[name] != own[name]]:
-            named = ", ".join(f"{name}={state_dict[name]!r} and not {own[name]!r}" for name in other)
+        if other := [name for name in own if state_dict.get(name) != own[name]]:
+            named = ", ".join(f"{name}={state_dict.get(name)!r} and not {own[name]!r}" for name in other)
             raise ValueError(f"the checkpoint is of a stream with {named}; go on with what it was made with, or anew")
         check_order(state_dict["class_order"], self.num_classes)
         if state_dict["class_order"] != self.class_order:

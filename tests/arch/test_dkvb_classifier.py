@@ -177,6 +177,15 @@ def test_indices_of_a_data_set_are_kept_in_a_byte_each_with_the_model_s_fingerpr
         of_text().cache_indices([(TOKENS, MASK)])
 
 
+def test_pairs_that_a_codebook_no_longer_has_are_kept_as_such() -> None:
+    model, images = digits(bottleneck_options={"topk": 3, "value_init": "normal"}), draw(6, 1, 8, 8, seed=1)
+    model.bottleneck.disabled[2, 2:] = True
+    cache = model.cache_indices([images])
+    assert (cache[:][:, 2, 2] == -1).all()
+    assert cache.nbytes == 6 * 4 * 3
+    assert torch.equal(model.decode(cache[:]), model(images))
+
+
 def test_fingerprints_are_of_encoder_keys_and_pooling() -> None:
     model = digits()
     prints = {model.fingerprint(), of_text().fingerprint(), of_text(pool="before").fingerprint()}

@@ -20,6 +20,8 @@ def build(dtype: torch.dtype = torch.float64, *, frozen: bool = True, **options:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         bottleneck = DiscreteKeyValueBottleneck(DIM, **SIZES | options).to(dtype)
+    if frozen and bottleneck.scale is not None:
+        bottleneck.scale.fill_(1.25)
     if frozen:
         bottleneck.freeze_keys()
     return bottleneck

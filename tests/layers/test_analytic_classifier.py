@@ -174,6 +174,63 @@ def test_c5_what_was_not_learnt_cannot_be_forgotten(form: str) -> None:
 
 
 @FORMS
+def test_c5_of_many_samples_those_that_were_not_learnt_are_refused_if_it_remembers(form: str) -> None:
+    """As often as they were learnt, with their label; nothing is changed by what is refused."""
+    x, y = data(1200)
+    x = torch.cat([x, x[:1]])
+    y = torch.cat([y, y[:1]])
+    classifier = learned(form, x, y, 500, remember=True)
+    assert classifier.learnt.nbytes == 8 * 1201
+    classifier.forget(x[:2].double(), y[:2].int())
+    classifier.forget(x[-1:], y[-1:])
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    for features, labels, number in (
+        (x[:1], y[:1], 1),
+        (x[[5, 5]], y[[5, 5]], 1),
+        (x[2:9] + 1e-6, y[2:9], 7),
+        (x[2:9], y[2:9] + 1, 7),
+        (x[[3, 4, 1]], y[[3, 4, 1]], 1),
+    ):
+        with pytest.raises(ValueError, match=f"features holds {number} samples that were not learnt with their labels"):
+            classifier.forget(features, labels)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
+    expected = joint_ridge(x[2:-1], y[2:-1], classifier.expansion, 1e-3, 6)
+    torch.testing.assert_close(weight(classifier), expected, **CLOSE)
+    classifier.forget(x[2:-1], y[2:-1])
+    assert (len(classifier.learnt), int(classifier.counts.sum())) == (0, 0)
+
+
+@FORMS
+def test_c5_of_many_samples_it_takes_out_what_it_is_told_to_if_it_does_not_remember(form: str) -> None:
+    x, y = data(1200)
+    classifier = learned(form, x, y, 500)
+    classifier.forget(x[:1], y[:1])
+    classifier.forget(x[:1], y[:1])
+    classifier.forget(x[1:2], y[1:2] + 1)
+    assert classifier.counts.tolist() == [198, 199, 200, 200, 200, 200]
+    assert {"learnt", "_names"}.isdisjoint(classifier.state_dict())
+
+
+@FORMS
+def test_c5_what_it_remembers_goes_along_with_files_and_with_dropped_classes(form: str) -> None:
+    x, y = data()
+    classifier = learned(form, x, y, 64, remember=True)
+    classifier.forget(x[y == 3], y[y == 3], drop_class=3)
+    other = build(form, remember=True, num_classes=2)
+    with torch.device("meta"):
+        hollow = build(form, remember=True)
+    state = copy.deepcopy(classifier.state_dict())
+    for own in (classifier, other, hollow.to_empty(device="cpu")):
+        own.load_state_dict(state)
+        with pytest.raises(ValueError, match="features holds 50 samples"):
+            own.forget(x[y == 4], y[y == 4])
+        own.learn(x[y == 3], y[y == 3] + 2)
+        own.forget(x[y == 4], y[y == 4] - 1)
+        own.forget(x[y == 3], y[y == 3] + 2, drop_class=5)
+        assert own.counts.tolist() == [50, 50, 50, 0, 50]
+
+
+@FORMS
 def test_it_goes_on_from_a_file_and_from_a_copy(form: str) -> None:
     x, y = data()
     classifier, other = learned(form, x[:150], y[:150], 50), build(form, seed=1, num_classes=5)

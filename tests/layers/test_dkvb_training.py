@@ -155,6 +155,30 @@ def test_09_the_overlap_of_more_tokens_is_the_inner_product_of_what_is_fetched()
     torch.testing.assert_close((before - bottleneck.vote(b).detach())[:, 1], moved, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 100, 8_000_000])
+def test_09_the_overlap_is_of_real_tokens_as_the_step_is(chunk_bytes: int) -> None:
+    """Masked in the lookup or after it, and with pairs that are missing."""
+    bottleneck, z, other = build(topk=3, chunk_bytes=chunk_bytes), draw(3, 4, DIM), draw(4, 5, DIM, seed=1)
+    bottleneck.disabled[2, 2:] = True
+    mask_a = torch.tensor([[True, False, True, True], [False] * 4, [True, False, False, False]])
+    mask_b = torch.rand(4, 5, generator=torch.Generator().manual_seed(2)) < 0.5
+    plain = bottleneck.lookup(z), bottleneck.lookup(other)
+    masked = bottleneck.lookup(z, mask=mask_a), bottleneck.lookup(other, mask=mask_b)
+    assert (plain[0][:, 2, 2] == -1).all()
+    expected = reference.overlap(*plain, mask_a, mask_b)
+    assert expected[0].any()
+    assert not expected[1].any()
+    assert torch.equal(bottleneck.overlap(*plain, mask_a=mask_a, mask_b=mask_b), expected)
+    assert torch.equal(bottleneck.overlap(*masked), expected)
+    assert torch.equal(bottleneck.overlap(*plain), reference.overlap(*plain))
+    assert bottleneck.overlap(masked[0][:0], masked[1]).shape == (0, 4)
+    (gradient,) = torch.autograd.grad(bottleneck.vote(plain[0], mask=mask_a)[0, 1], bottleneck.values)
+    before = bottleneck.vote(masked[1]).detach()
+    bottleneck.values.data -= 0.3 * gradient
+    moved = 0.3 * 9 * expected[0] / 6
+    torch.testing.assert_close((before - bottleneck.vote(masked[1]).detach())[:, 1], moved, rtol=0, atol=1e-12)
+
+
 def test_11_new_classes_leave_old_values_and_far_predictions_alone() -> None:
     bottleneck = build(num_pairs=60, dim_value=10)
     optimizer = torch.optim.SGD(bottleneck.parameters(), lr=1.0)

@@ -10,6 +10,16 @@ from memzoo.layers.index_cache import compact_dtype
 from tests.layers.dkvb_cases import DIM, build, draw
 
 
+@pytest.mark.parametrize(("num_pairs", "dtype"), [(128, torch.int8), (129, torch.int16), (32769, torch.int32)])
+def test_it_holds_that_nothing_is_fetched(num_pairs: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    indices = torch.tensor([[0, -1], [num_pairs - 1, 0]])
+    cache = IndexCache(indices, num_pairs, "")
+    cache.save(tmp_path / "indices")
+    for own in (cache, IndexCache.load(tmp_path / "indices", "")):
+        assert own.indices.dtype == dtype
+        assert torch.equal(own[:], indices)
+
+
 @pytest.mark.parametrize(
     ("num_pairs", "dtype"),
     [
@@ -67,8 +77,8 @@ def test_what_are_no_indices_is_refused(tmp_path: Path) -> None:
     for indices, words in (
         (torch.zeros(3, 2), "torch.float32"),
         (torch.tensor(3), r"shape \(\)"),
-        (torch.tensor([[5]]), r"holds 5 to 5, outside \[0, 5\)"),
-        (torch.tensor([[-1, 2]]), r"holds -1 to 2, outside \[0, 5\)"),
+        (torch.tensor([[5]]), r"holds 5 to 5, outside \[-1, 5\)"),
+        (torch.tensor([[-2, 2]]), r"holds -2 to 2, outside \[-1, 5\)"),
     ):
         with pytest.raises(ValueError, match=words):
             IndexCache(indices, 5, "")

@@ -211,6 +211,13 @@ def test_13_keys_may_be_taken_as_they_are() -> None:
     bottleneck.usage += 3
     bottleneck.freeze_keys()
     assert (bottleneck.usage == 3).all()
+    bottleneck = build(frozen=False, standardize=True)
+    with pytest.raises(ValueError, match=r"standardize=True, and shift and scale .* call initialize_keys"):
+        bottleneck.freeze_keys()
+    assert bottleneck.stage == 0
+    bottleneck.get_buffer("scale").fill_(2)
+    bottleneck.freeze_keys()
+    assert bottleneck.stage == 2
 
 
 def test_13_what_fails_leaves_the_bottleneck_as_it_was() -> None:
@@ -247,14 +254,25 @@ def test_standardised_inputs_have_mean_zero_and_deviation_one() -> None:
     assert torch.equal(plain.lookup((z - bottleneck.shift) / bottleneck.scale), bottleneck.lookup(z))
 
 
+def revived(rank: int | None) -> KeyStatistics:
+    """After an update of a rank with half of the data, or with all of it, that moves some keys."""
+    state, heads = start(30), draw(20, 3, 2)
+    ema_update(state, heads if rank is None else heads[rank::2], 0.2, seeded(), revival=1.5)
+    return state
+
+
 def _rank(rank: int, port: int, path: str) -> None:
     """One of two processes, with half of the data."""
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     found = {}
+    bottleneck, z = build().train(), draw(7, 2, DIM)
+    for _ in range(2):
+        bottleneck(z[:3] if rank else z[3:], mask=torch.tensor([[True, False]]).expand(3 if rank else 4, -1))
+    found["usage"] = bottleneck.usage
     state = start()
     for step in range(3):
         ema_update(state, draw(20, 3, 2, seed=step)[rank::2], 0.8, seeded(), revival=0)
-    found["updates"] = state.keys
+    found["updates"], found["revived"] = state.keys, revived(rank).counts
     for method in ("ema", "ema_official", "sample", "random"):
         torch.manual_seed(rank)
         bottleneck = DiscreteKeyValueBottleneck(DIM, **SIZES, standardize=True).double()
@@ -268,7 +286,7 @@ def _rank(rank: int, port: int, path: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo by fork")
-def test_ranks_agree_on_keys_and_their_updates_are_those_of_all_data(tmp_path: Path) -> None:
+def test_ranks_agree_on_keys_and_usage_and_their_updates_are_those_of_all_data(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -279,5 +297,10 @@ def test_ranks_agree_on_keys_and_their_updates_are_those_of_all_data(tmp_path: P
     for step in range(3):
         ema_update(state, draw(20, 3, 2, seed=step), 0.8, seeded(), revival=0)
     torch.testing.assert_close(one["updates"], state.keys)
+    bottleneck = build().train()
+    for _ in range(2):
+        bottleneck(draw(7, 2, DIM)[:, 0])
+    assert torch.equal(one["usage"], bottleneck.usage)
+    torch.testing.assert_close(one["revived"], revived(None).counts)
     every = torch.cat([draw(40, DIM, seed=seed) for seed in range(3)])
     torch.testing.assert_close(one["shift"], every.mean(0))

@@ -69,7 +69,9 @@ def test_it_is_the_reference(pairs: int, topk: int, masked: bool) -> None:
         assert torch.equal(found[0], expected[0])
         torch.testing.assert_close(found[1], expected[1], rtol=1e-13, atol=1e-13)
     if masked:
-        assert (found[0][..., 1, :] == pairs // 2).all()
+        assert (found[0][..., 1, 0] == pairs // 2).all()
+        assert (found[0][..., 1, 1:] == -1).all()
+        assert found[1][..., 1, 1:].isposinf().all()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -81,6 +83,43 @@ def test_float32_far_from_zero_finds_what_float64_finds(masked: bool) -> None:
     found, exact = (nearest_key(q, k, allowed=allowed) for q, k in ((queries, keys), (queries.double(), keys.double())))
     assert torch.equal(found[0], exact[0])
     torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_keys_that_rounding_cannot_tell_apart_are_all_measured(topk: int) -> None:
+    """In more groups than are measured otherwise: equal keys, and one that is nearer by less than a score shows."""
+    for seed in range(25):
+        generator = torch.Generator().manual_seed(seed)
+        keys, queries = 3 * draw(2, 1200, 14, seed=seed).float(), draw(7, 2, 14, seed=seed + 100).float()
+        near = queries[0] + 0.5 * draw(2, 14, seed=seed + 200).float()
+        groups = torch.randperm(37, generator=generator)[:8].sort()[0]
+        places = groups * 32 + torch.randint(32, (8,), generator=generator)
+        keys[:, places[1:]] = near[:, None]
+        keys[:, places[0]] = near + 1e-7 * draw(2, 14, seed=seed + 300).float()
+        exact = (queries[:, :, None] - keys).square().sum(-1).sort(dim=-1, stable=True)
+        for chunk_bytes in (100, 20_000, 8_000_000):
+            indices, distances = nearest_key(queries, keys, topk=topk, chunk_bytes=chunk_bytes)
+            assert torch.equal(indices, exact[1][..., :topk])
+            assert torch.equal(distances, exact[0][..., :topk])
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_are_not_rounded_as_tf32_or_bfloat16(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the doubt is more than float32's."""
+    seen, product = [], torch.baddbmm
+
+    def watched(*arguments: Tensor) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return product(*arguments)
+
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        nearest_key(draw(3, 2, 4).float(), draw(2, 200, 4).float())
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"highest"}
 
 
 def test_a_query_that_is_a_key_is_at_distance_zero() -> None:

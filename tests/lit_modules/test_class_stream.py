@@ -124,6 +124,14 @@ def test_a_checkpoint_of_another_stream_is_refused():
         stream(num_tasks=2, seed=4).load_state_dict(stream().state_dict())
     with pytest.raises(ValueError, match="a stream with images=36 and not 72"):
         stream().load_state_dict(stream(**pictures(6)).state_dict())
+    labels = pictures()["labels"]
+    with pytest.raises(ValueError, match=r"a stream with labels_sha256='\w{64}' and not '\w{64}'; go on with"):
+        stream(labels=labels.flip(0)).load_state_dict(stream().state_dict())
+    with pytest.raises(ValueError, match="a stream with online=False and not True"):
+        stream(online=True, epochs_per_task=1).load_state_dict(stream(epochs_per_task=1).state_dict())
+    for name in ("folder", "dataset"):
+        with pytest.raises(ValueError, match=f"a stream with {name}='others' and not None"):
+            stream().load_state_dict(stream().state_dict() | {name: "others"})
 
 
 def test_the_first_task_may_have_another_number_of_classes():
@@ -182,6 +190,18 @@ def test_blurry_boundaries_show_a_share_in_other_tasks_and_each_sample_once():
         assert homes == joined(batches, "task")
     tests = [joined(list(loader), "index") for loader in data.test_dataloader()]
     assert tests == [joined(list(loader), "index") for loader in sharp.test_dataloader()]
+
+
+def test_at_blurry_boundaries_a_task_has_its_own_samples_and_those_it_shows():
+    data = stream(blurry=0.5, epochs_per_task=1)
+    epochs = shown(data)
+    for task in range(3):
+        own = list(data.task_loader("train", task))
+        assert set(joined(own, "task")) == {task}
+        assert set(joined(own, "labels")) == set(data.task_classes[task])
+        there = joined(list(data.task_loader("train", task, shown=True)), "index")
+        assert there == sorted(joined(epochs[task], "index")) != joined(own, "index")
+        assert joined(list(data.task_loader("train", task, shown=True, limit=4)), "index") == there[:4]
 
 
 def test_boundaries_are_the_first_steps_of_tasks():

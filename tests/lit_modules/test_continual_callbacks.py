@@ -161,6 +161,8 @@ def test_the_logger_has_each_row_by_task():
     for (_, metrics), row in zip(rows, [-1, 0, 1, 2], strict=True):
         assert [metrics[f"test/accuracy/task_{task}"] for task in range(3)] == measured.matrix[row].tolist()
     assert rows[-1][1]["test/average_accuracy"] == average_accuracy(measured.matrix)
+    means = measured.matrix.mean(1).roll(1).tolist()  # of classes of one size
+    assert [metrics["test/macro_accuracy"] for _, metrics in rows] == pytest.approx(means)
     assert "anytime/minimum_accuracy" in logged[-1][1]
 
 
@@ -192,6 +194,31 @@ def test_the_trace_takes_the_first_samples_and_the_matrix_all():
     values = [value for one in measured.trace for value in one.accuracies if not math.isnan(value)]
     assert {*values} <= {0.0, 0.5, 1.0}
     assert measured._metric.total.tolist() == [[6] * 3] * 4
+
+
+@pytest.mark.parametrize("budget", [0, 1000, 10**6])
+def test_the_device_keeps_no_more_of_the_trace_than_it_may(budget, monkeypatch):
+    class Moved(dict[str, Tensor]):
+        """A batch that is on the device."""
+
+    kept: list[tuple[bool, int]] = []
+
+    class Look(ContinualEval):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_end(trainer, pl_module)
+            for batch in (one for batches in self._kept.values() for one in batches):
+                kept.append((isinstance(batch, Moved), sum(value.nbytes for value in batch.values())))
+
+    data, measured, plain = stream(), Look(every_n_steps=2, device_bytes=budget), ContinualEval(every_n_steps=2)
+    fitted(module(linear()), data, plain)
+    run = trainer(data, measured)
+    monkeypatch.setattr(run.strategy, "batch_to_device", lambda batch, **_: Moved(batch))
+    run.fit(module(linear()), data)
+    assert sum(size for moved, size in kept if moved) <= budget
+    assert sum(moved for moved, _ in kept) == {0: 0, 1000: 1, 10**6: 3}[budget]
+    assert [size for _, size in kept] == [6 * (16 * 4 + 3 * 8)] * 3
+    assert str(measured.trace) == str(plain.trace)
+    assert measured._kept == {}  # the fit is over
 
 
 def test_gathered_batches_are_one_update():
@@ -324,6 +351,7 @@ def test_data_that_cannot_be_measured_so_are_refused(options, of_data, message):
         ({"split": "train"}, "split='train'"),
         ({"every_n_steps": 0}, "every_n_steps=0"),
         ({"samples": 0}, "samples=0"),
+        ({"device_bytes": -1}, "device_bytes=-1 is negative"),
         ({"window": 1}, "window=1 holds a single evaluation"),
         ({"logits": "current"}, "logits='current'"),
     ],

@@ -83,7 +83,7 @@ def test_replayed_samples_have_all_classes_seen_where_others_have_those_of_the_t
     data = stream(epochs_per_task=1, class_order=[0, 1, 2, 3, 4, 5])
     lit = module(linear(), strategy=Replay(50), train_logits="current")
     fitted(lit, data)  # whose last task has the classes 4 and 5
-    allowed = lit._in_loss(torch.zeros(3, CLASSES), {"replayed": torch.tensor([False, True, False])})
+    allowed = lit.in_loss(torch.zeros(3, CLASSES), 2, {"replayed": torch.tensor([False, True, False])})
     assert allowed.tolist() == [[False] * 4 + [True] * 2, [True] * 6, [False] * 4 + [True] * 2]
     assert lit.model[1].weight.isfinite().all()
 
@@ -142,6 +142,43 @@ def test_the_pull_is_the_sum_over_tasks(decay):
             expected += 1.5 * decay ** (2 - task) * (square * (weight - start) ** 2).sum().item()
     assert strategy.penalty(lit).item() == pytest.approx(expected, rel=1e-10)
     assert len(strategy._fisher) == 2  # one for each weight, however many tasks
+
+
+def test_blurry_boundaries_have_the_importance_of_samples_that_were_shown():
+    """Some of a task's own are shown later: nothing is known of them yet."""
+    data = stream(blurry=0.5, epochs_per_task=1)
+    shown: set[int] = set()
+    before: list[bool] = []
+
+    class Strategy(ElasticWeightConsolidation):
+        def observe(self, batch: Any, *, first_pass: bool) -> None:
+            shown.update(batch["index"].tolist())
+
+        def _loss(self, logits: Any, batch: Any) -> Any:
+            before.append(int(batch["index"]) in shown)
+            return super()._loss(logits, batch)
+
+    fitted(module(linear(), strategy=Strategy(samples=1000)), data, TaskBoundary())
+    assert len(before) == data.size("train")  # each in the task that it was shown in
+    assert all(before)
+
+
+@pytest.mark.parametrize("policy", ["seen", "current"])
+@pytest.mark.parametrize("labels", ["data", "model"])
+def test_classes_that_were_never_in_the_loss_have_no_importance(policy, labels):
+    importance: list[torch.Tensor] = []
+
+    class Strategy(ElasticWeightConsolidation):
+        def on_task_end(self, owner: Any, task: int) -> None:
+            super().on_task_end(owner, task)
+            importance.append(self._fisher["model.1.weight"].sum(1))
+
+    data = stream(epochs_per_task=1)
+    strategy = Strategy(1e-3, samples=10, labels=labels)
+    fitted(module(linear(), strategy=strategy, train_logits=policy), data, TaskBoundary())
+    for task, found in enumerate(importance):
+        so_far = {one for classes in data.task_classes[: task + 1] for one in classes}
+        assert {*found.nonzero().flatten().tolist()} == so_far
 
 
 def test_there_is_no_pull_before_the_first_task_has_ended():
