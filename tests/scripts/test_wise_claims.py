@@ -65,8 +65,8 @@ def test_with_the_whole_host_in_every_step_an_edit_is_the_same(claims):
     learned = []
     for whole in (False, True):
         editor = Wise.attach(host, max_steps=3)
-        calls = []
-        handle = host.blocks[0].mixer.register_forward_hook(lambda *_: calls.append(1))
+        calls: list[int] = []
+        handle = host.blocks[0].mixer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if whole:
             with claims.whole_host():
                 editor.edit([edit])
