@@ -188,7 +188,7 @@ def test_a_later_token_changes_no_earlier_output(layers):
     assert torch.equal(cross(x, attention.share(x)[2])[:, :6], y[:, :6])
 
 
-@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("last_only", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_it_compiles_with_the_layer_that_shares(layers, last_only):
     attention, cross = layers
 

@@ -234,6 +234,7 @@ def fit_recipe(folder: Path) -> None:
     assert main(["fit", "--config", "gmt/tiny.yaml", *arguments]) == 0
 
 
+@pytest.mark.slow  # starts two processes
 def test_a_recipe_comes_to_its_end_on_two_devices(tmp_path):
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 100)
     run_two(fit_recipe, tmp_path)

@@ -338,6 +338,7 @@ def saved(folder: Path, when: str) -> list[dict[str, Tensor]]:
     return [torch.load(path) for path in sorted(folder.glob(f"*.{when}.pt"))]
 
 
+@pytest.mark.slow  # starts two processes
 def test_two_processes_equal_each_other_and_one_that_reads_the_rows_of_both(two, tmp_path):
     before, after = saved(two / "replicas", "before"), saved(two / "replicas", "after")
     for first, second in (before, after):
@@ -347,6 +348,7 @@ def test_two_processes_equal_each_other_and_one_that_reads_the_rows_of_both(two,
     assert after[0]["blocks.0.ffn.age"].tolist() == [0] + [4] * (SLOTS - 1)
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_parameters_equal_one_that_has_all(two, tmp_path):
     first, second = saved(two / "shards", "after")
     torch.testing.assert_close(first, second, rtol=0, atol=0)
