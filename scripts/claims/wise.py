@@ -143,8 +143,8 @@ def run(editor: str, edits: int, **options: Any) -> Settings:
 
 def wise(mode: str, edits: int, rate: float = 0.1, **options: Any) -> Settings:
     """Return the settings of WISE; only the question's last token counts."""
-    shard = {"edits_per_shard": 25, "reduce": "last", "learning_rate": rate, "max_steps": 40}
-    shard |= {"shards_per_merge": 1} if mode == "retrieve" else {}
+    size = 12 if mode == "retrieve" else 25
+    shard = {"edits_per_shard": size, "reduce": "last", "learning_rate": rate, "max_steps": 40}
     return run("wise", edits, mode=mode, **shard | options)
 
 
@@ -215,10 +215,9 @@ SETTING = (
     "the wordings, at the feed-forward of its third layer of four. Everything is measured after the last edit: "
     "reliability in that wording, generalisation in the other three, locality of facts that were not edited, half of "
     "the rest (the other half is what edits see in order to leave it alone). The router of WISE looks at a question's "
-    "last token; 25 edits make a shard; of WISE-Merge two shards are merged at a time, of WISE-Retrieve each is a "
-    "memory; an edit takes 40 steps at most (50 of GRACE); all else is the paper's but for the learning rate. Rates, "
-    "penalties, the second radius of GRACE and the memories of WISE-Retrieve were chosen on a host that knows other "
-    "facts (`settings`)"
+    "last token; 25 edits make a shard, 12 of WISE-Retrieve, and two shards are merged; an edit takes 40 steps at most "
+    "(50 of GRACE); all else is the paper's but for the learning rate. Rates, penalties, the second radius of GRACE and "
+    "the size of shards were chosen on a host that knows other facts (`settings`)"
 )
 
 FIFTY = Claim(
@@ -262,8 +261,8 @@ CHOICE = Claim(
         **{f"WISE-Merge, rate {rate:g}": candidate(wise("merge", 50, rate)) for rate in (0.03, 0.1, 0.3)},
         "WISE-Merge, mean of all tokens": candidate(wise("merge", 50, reduce="mean")),
         **{f"WISE-Retrieve, rate {rate:g}": candidate(wise("retrieve", 50, rate)) for rate in (0.03, 0.1)},
-        "WISE-Retrieve, memories of two shards of 12": candidate(
-            wise("retrieve", 50, edits_per_shard=12, shards_per_merge=2)
+        "WISE-Retrieve, each shard of 25 a memory": candidate(
+            wise("retrieve", 50, edits_per_shard=25, shards_per_merge=1)
         ),
     },
     columns={name: COLUMNS[name] for name in MEASURES},
