@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
 from claims import Check, Claim, ClaimSet, Metrics, Settings
 from memzoo.arch import CausalLM, create_model
@@ -22,7 +22,6 @@ from memzoo.lit_modules.model_editing import edit_of
 
 HOST: Settings = dict(steps=450, learning_rate=2e-3)
 FACTS: Settings = dict(num_facts=300, answer_words=1, num_words=64)
-OTHER_FACTS = 100  # added to the seed: facts, and a host that knows them, to choose settings on
 DEEP: Settings = dict(vocab_size=1024, dim=256, depth=16, num_heads=4)  # to time edits in: as deep as it takes
 MEASURES = ("reliability", "generalisation", "locality")
 
@@ -33,7 +32,6 @@ def measure(settings: Settings, seed: int) -> Metrics:
     warnings.filterwarnings("ignore")
     if "rounds" in settings:
         return timed(settings, seed)
-    seed += settings.get("facts", 0)
     host = copy.deepcopy(trained_host(**settings["host"], seed=seed))
     module = ModelEditingModule(host, editor=settings["editor"], editor_options=settings["options"], generate=False)
     quiet(max_epochs=1).fit(module, facts(seed, settings["edits"]))
@@ -108,7 +106,7 @@ def whole_host() -> Iterator[None]:
         wise_lesson.CallReplay = before  # type: ignore[misc]
 
 
-def quiet(*callbacks: Callback, **options: Any) -> Trainer:
+def quiet(**options: Any) -> Trainer:
     """Return a trainer that says and keeps nothing."""
     return Trainer(
         accelerator="cpu",
@@ -116,7 +114,6 @@ def quiet(*callbacks: Callback, **options: Any) -> Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=list(callbacks),
         **options,
     )
 
@@ -133,7 +130,7 @@ def shorten(settings: Settings) -> Settings:
     }
 
 
-# What is compared. Rates, penalties and the radius are the best of what `settings` tries, on other facts.
+# What is compared. What is not the paper's was chosen on other facts, those of seed 100.
 
 
 def run(editor: str, edits: int, **options: Any) -> Settings:
@@ -217,7 +214,7 @@ SETTING = (
     "the rest (the other half is what edits see in order to leave it alone). The router of WISE looks at a question's "
     "last token; 25 edits make a shard, 12 of WISE-Retrieve, and two shards are merged; an edit takes 40 steps at most "
     "(50 of GRACE); all else is the paper's but for the learning rate. Rates, penalties, the second radius of GRACE "
-    "and the size of shards were chosen on a host that knows other facts (`settings`)"
+    "and the size of shards were chosen on a host that knows other facts (seed 100)"
 )
 
 FIFTY = Claim(
@@ -240,35 +237,6 @@ TWO_HUNDRED = Claim(
 )
 
 
-def candidate(settings: Settings) -> Settings:
-    """Have a run edit other facts than those that are measured."""
-    return settings | {"facts": OTHER_FACTS}
-
-
-CHOICE = Claim(
-    statement="(settings, chosen before anything was measured)",
-    test="As above, 50 edits, of facts and in a host that nothing else uses.",
-    variants={
-        **{
-            f"FT, rate {rate:g}": candidate(run("fine_tuning", 50, learning_rate=rate))
-            for rate in (5e-4, 1e-3, 3e-3, 1e-2)
-        },
-        **{
-            f"FT-L2, penalty {l2:g}, rate {rate:g}": candidate(run("fine_tuning", 50, learning_rate=rate, l2=l2))
-            for l2, rate in ((1e-4, 1e-3), (1e-3, 1e-3), (1e-2, 3e-3))
-        },
-        **{f"GRACE, radius {radius:g}": candidate(grace(50, radius)) for radius in (0.1, 0.3, 1.0)},
-        **{f"WISE-Merge, rate {rate:g}": candidate(wise("merge", 50, rate)) for rate in (0.03, 0.1, 0.3)},
-        "WISE-Merge, mean of all tokens": candidate(wise("merge", 50, reduce="mean")),
-        **{f"WISE-Retrieve, rate {rate:g}": candidate(wise("retrieve", 50, rate)) for rate in (0.03, 0.1)},
-        "WISE-Retrieve, each shard of 25 a memory": candidate(
-            wise("retrieve", 50, edits_per_shard=25, shards_per_merge=1)
-        ),
-    },
-    columns={name: COLUMNS[name] for name in MEASURES},
-    checks=(),
-)
-
 TIME = Claim(
     statement="An edit computes anew only what lies above the site (27 of 32 layers)",
     test="Edits of 11 rows in a host of 16 layers, width 256, at the thirteenth, with what lies below computed once "
@@ -283,5 +251,5 @@ CLAIMS = ClaimSet(
     paper="WISE (arXiv 2405.14768) and GRACE (arXiv 2211.11031)",
     measure=measure,
     shorten=shorten,
-    claims={"fifty": FIFTY, "two_hundred": TWO_HUNDRED, "settings": CHOICE, "time": TIME},
+    claims={"fifty": FIFTY, "two_hundred": TWO_HUNDRED, "time": TIME},
 )

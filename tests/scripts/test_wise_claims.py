@@ -34,21 +34,6 @@ def test_every_variant_is_an_editor_with_these_options(claims):
         attach_editor(host, settings["editor"], settings["options"]).detach()
 
 
-def test_what_is_compared_was_tried_among_the_settings(claims):
-    tried = [
-        {key: value for key, value in settings.items() if key != "facts"}
-        for settings in claims.CHOICE.variants.values()
-    ]
-    assert all(settings in tried for settings in claims.FIFTY.variants.values())
-
-
-def test_settings_are_chosen_on_other_facts_than_those_measured(claims):
-    assert all("facts" in settings for settings in claims.CHOICE.variants.values())
-    assert not any("facts" in settings for settings in [*claims.FIFTY.variants.values()])
-    measured, tried = claims.facts(0, 50).edits, claims.facts(claims.OTHER_FACTS, 50).edits
-    assert not {fact.prompt for fact in measured} & {fact.prompt for fact in tried}
-
-
 def test_no_fact_that_is_edited_is_asked_for_locality_or_shown(claims):
     for count in (50, 200):
         edits = claims.facts(0, count).edits
