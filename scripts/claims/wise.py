@@ -214,7 +214,8 @@ SETTING = (
     "the rest (the other half is what edits see in order to leave it alone). The router of WISE looks at a question's "
     "last token; 25 edits make a shard, 12 of WISE-Retrieve, and two shards are merged; an edit takes 40 steps at most "
     "(50 of GRACE); all else is the paper's but for the learning rate. Rates, penalties, the second radius of GRACE "
-    "and the size of shards were chosen on a host that knows other facts (seed 100)"
+    "and the 25 edits of a shard were chosen on a host that knows other facts (seed 100); that 12 suit "
+    "WISE-Retrieve better was seen with seed 0 of these"
 )
 
 FIFTY = Claim(
