@@ -22,7 +22,7 @@ from memzoo.layers.ops.attention_checks import check_dropout
 from memzoo.layers.ops.backend import check_backend
 from memzoo.layers.packing import Ragged
 from memzoo.layers.registry import register_layer
-from memzoo.layers.rotary import Rotary
+from memzoo.layers.rotary import Angles, Rotary
 from memzoo.layers.state import MixerState
 from memzoo.layers.trace import Trace
 
@@ -205,7 +205,7 @@ class Attention(SequenceMixer):
         donate = donate and rows is None
         before = None if start is None else start.position
         if last_only:
-            k, v = self._keys_and_values(tokens, self._positions(tokens, before))
+            k, v = self._keys_and_values(tokens, self._angles(tokens, before))
             end = remember(k, v, state=start, lengths=lengths, donate=donate)
         else:
             memory, end = self._read(tokens, start, lengths=lengths, donate=donate, prefix_tokens=None)
@@ -231,7 +231,7 @@ class Attention(SequenceMixer):
         else:
             lengths = rows.lengths[rows.last]
             last = tokens[rows.last, (lengths - 1).clamp_min(0)][:, None]
-        q = self._queries(last, self._positions(last, shared.first))
+        q = self._queries(last, self._angles(last, shared.first))
         reads = shared_attention(
             q, shared.keys, shared.values, shared.first, scale=self.scale, dropout=self._active_dropout
         )
@@ -270,8 +270,8 @@ class Attention(SequenceMixer):
         prefix_tokens: Tensor | None,
     ) -> tuple[Tensor, AttentionState]:
         """Attend: the heads' reads (batch, time, memory_dim) and the state."""
-        positions = self._positions(x, None if state is None else state.position)
-        q, k, v = self._queries(x, positions), *self._keys_and_values(x, positions)
+        angles = self._angles(x, None if state is None else state.position)
+        q, k, v = self._queries(x, angles), *self._keys_and_values(x, angles)
         prefix = None if prefix_tokens is None else self._keys_and_values(prefix_tokens, None)
         return self._look(q, k, v, prefix, state, lengths=lengths, donate=donate)
 
@@ -310,18 +310,18 @@ class Attention(SequenceMixer):
     def _rotary_base(self) -> float | None:
         return None if self.rotary is None else self.rotary.base
 
-    def _positions(self, x: Tensor, first: Tensor | None) -> Tensor | None:
-        """Positions of tokens that begin at ``first``, or at 0; None where nothing is rotated."""
+    def _angles(self, x: Tensor, first: Tensor | None) -> Angles | None:
+        """Rotations of tokens that begin at position ``first``, or at 0; None where nothing is rotated."""
         if self.rotary is None:
             return None
         positions = torch.arange(x.shape[1], device=x.device)
-        return positions if first is None else first[:, None] + positions
+        return self.rotary.angles(positions if first is None else first[:, None] + positions)
 
-    def _queries(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        return self._rotate(self._heads(self.query(x), self.query_norm), positions)
+    def _queries(self, x: Tensor, angles: Angles | None) -> Tensor:
+        return self._rotate(self._heads(self.query(x), self.query_norm), angles)
 
-    def _keys_and_values(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        k = self._rotate(self._heads(self.key(x), self.key_norm), positions)
+    def _keys_and_values(self, x: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
+        k = self._rotate(self._heads(self.key(x), self.key_norm), angles)
         return k, self.value(x).unflatten(-1, self.value_shape)
 
     def _head_norm(self, qk_norm: bool | str, heads: int) -> nn.Module:
@@ -334,8 +334,8 @@ class Attention(SequenceMixer):
         y: Tensor = self._split(norm(projected)) if self.norms_all_heads else norm(self._split(projected))
         return y
 
-    def _rotate(self, heads: Tensor, positions: Tensor | None) -> Tensor:
-        return heads if self.rotary is None or positions is None else self.rotary(heads, positions)
+    def _rotate(self, heads: Tensor, angles: Angles | None) -> Tensor:
+        return heads if self.rotary is None or angles is None else self.rotary(heads, angles)
 
     def _split(self, x: Tensor) -> Tensor:
         """(..., heads * head_dim) -> (..., heads, head_dim) of queries or keys, in the order of ``ops.attention``."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_dtype, check_positive, check_width
+from memzoo.layers.ops.elementwise import silu_product
 from memzoo.layers.registry import register_layer
 from memzoo.layers.trace import Trace
 
@@ -59,7 +60,7 @@ class SwiGLU(nn.Module):
         check_width("x", x, self.dim)
         check_dtype("x", x, self)
         up = self.up(x)
-        y: Tensor = self.down(F.silu(self.gate(x)) * up)
+        y: Tensor = self.down(silu_product(self.gate(x), up))
         return (y, up) if return_memory else y
 
 

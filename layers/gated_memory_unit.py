@@ -7,10 +7,10 @@ matrix products.
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memzoo.layers.errors import check_divisible, check_dtype, check_positive, check_width
 from memzoo.layers.norm import RMSNorm
+from memzoo.layers.ops.elementwise import silu_product
 from memzoo.layers.registry import register_layer
 from memzoo.layers.trace import Trace
 
@@ -56,7 +56,7 @@ class GatedMemoryUnit(nn.Module):
         check_dtype("x", x, self)
         check_width("memory", memory, self.memory_dim, like=x)
         check_dtype("memory", memory, self)
-        gated = memory * F.silu(self.gate(x))
+        gated = silu_product(self.gate(x), memory)
         y: Tensor = self.out(gated if self.norm is None else self.norm(gated))
         return y
 

@@ -15,6 +15,7 @@ from memzoo.layers.errors import check_number, check_positive
 from memzoo.layers.mixer import SequenceMixer, counters
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.backend import check_backend
+from memzoo.layers.ops.elementwise import silu_product
 from memzoo.layers.ops.precision import wider
 from memzoo.layers.ops.selective_scan import BACKENDS, selective_scan
 from memzoo.layers.registry import register_layer
@@ -187,7 +188,7 @@ class Mamba(SequenceMixer):
         if trace is not None and trace.wants_signals:
             trace.signal("step", dt)
             trace.signal("decay", (dt.detach()[..., None] * A.detach()).exp())
-        y = self.out(read * F.silu(z))
+        y = self.out(silu_product(z, read))
         return (y, read) if return_memory else y, MambaState(after, document, memory, tail)
 
     def _selected(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from memzoo.layers.mamba import conv_backend, reset_conv
 from memzoo.layers.mixer import SequenceMixer, counters
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.backend import check_backend
+from memzoo.layers.ops.elementwise import silu_product
 from memzoo.layers.ops.precision import wider
 from memzoo.layers.ops.state_space_dual import BACKENDS, state_space_dual
 from memzoo.layers.registry import register_layer
@@ -198,7 +199,7 @@ class Mamba2(SequenceMixer):
         if trace is not None and trace.wants_signals:
             trace.signal("step", dt)
             trace.signal("decay", (dt * A).detach().exp())
-        y = self.out(self.norm(read * F.silu(z)))
+        y = self.out(self.norm(silu_product(z, read)))
         return (y, read) if return_memory else y, Mamba2State(after, document, memory, tail)
 
     def _steps(self, raw: Tensor) -> Tensor:

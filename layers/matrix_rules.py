@@ -103,7 +103,8 @@ class RetNetRule(MatrixRule):
 
     def prepare(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate to the positions."""
-        return self.rotary(q, positions), self.rotary(k, positions)
+        angles = self.rotary.angles(positions)
+        return self.rotary(q, angles), self.rotary(k, angles)
 
     def gate_values(self, gates: Tensor | None, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the constant decay of every head."""

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice, check_width
 from memzoo.layers.norm import RMSNorm
+from memzoo.layers.ops.elementwise import silu_product
 
 FORMS = ("sigmoid_memory", "sigmoid_both", "silu_memory", "convex")
 
@@ -63,7 +63,7 @@ class MemoryGate(nn.Module):
             share = self.balance.sigmoid().to(y.dtype)
             return share * y + (1 - share) * m
         if self.form == "silu_memory":
-            return y * F.silu(m)
+            return silu_product(m, y)
         return (y.sigmoid() if self.form == "sigmoid_both" else y) * m.sigmoid()
 
     def extra_repr(self) -> str:

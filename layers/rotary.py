@@ -1,9 +1,24 @@
 """Rotary position embedding: positions as rotations, so that a product of query and key sees only their distance."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from memzoo.layers.errors import check_divisible
+from memzoo.layers.ops.elementwise import rotate_halves
+
+
+class Angles(NamedTuple):
+    """How far each pair of a token is rotated.
+
+    Attributes:
+        cos: (batch, time, 1, head_dim / 2), or (time, 1, head_dim / 2) for all rows.
+        sin: Likewise.
+    """
+
+    cos: Tensor
+    sin: Tensor
 
 
 class Rotary(nn.Module):
@@ -17,7 +32,8 @@ class Rotary(nn.Module):
         base: Wavelengths run from ``2 pi`` to ``2 pi base`` tokens.
 
     Shape:
-        x: (batch, time, heads, head_dim). positions: (batch, time), or (time,) for all rows. Returns the shape of x.
+        x: (batch, time, heads, head_dim). positions: (batch, time), or (time,) for all rows; or their ``angles``.
+            Returns the shape of x.
 
     Raises:
         ValueError: ``head_dim`` is odd, or ``base`` is not positive.
@@ -34,16 +50,19 @@ class Rotary(nn.Module):
         self.head_dim = head_dim
         self.base = base
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate every head of ``x`` to its position."""
-        exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-        pair = torch.arange(self.head_dim // 2, dtype=exact, device=x.device)
-        frequency = self.base ** (pair * (-2 / self.head_dim))
-        angle = positions.to(exact)[..., None, None] * frequency  # (batch or none, time, 1, head_dim / 2)
+    def forward(self, x: Tensor, positions: Tensor | Angles) -> Tensor:
+        """Rotate every head of ``x`` to its position; several tensors of the same positions can share ``angles``."""
+        angles = self.angles(positions) if isinstance(positions, Tensor) else positions
         wide = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
-        first, second = x.to(wide).chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        return rotate_halves(x.to(wide), angles.cos.to(wide), angles.sin.to(wide)).to(x.dtype)
+
+    def angles(self, positions: Tensor) -> Angles:
+        """Return the cosines and sines of the rotations to these positions."""
+        exact = torch.float32 if positions.device.type == "mps" else torch.float64  # MPS has no float64
+        pair = torch.arange(self.head_dim // 2, dtype=exact, device=positions.device)
+        frequency = self.base ** (pair * (-2 / self.head_dim))
+        angle = positions.to(exact)[..., None, None] * frequency
+        return Angles(angle.cos(), angle.sin())
 
     def extra_repr(self) -> str:
         """Width and base."""

@@ -1,0 +1,138 @@
+"""Normalising, gating and rotating with backward passes of their own: what the plain operators give."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from memzoo.layers.ops.elementwise import rms_norm, rotate_halves, silu_product
+
+EPS = 1e-6
+
+
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS)
+
+
+def plain_product(gate: Tensor, x: Tensor) -> Tensor:
+    return gate * torch.sigmoid(gate) * x
+
+
+def plain_rotation(x: Tensor, angle: Tensor) -> Tensor:
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((pairs.real, pairs.imag), dim=-1)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(x, weight, EPS)
+
+
+def rotation(x: Tensor, angle: Tensor) -> Tensor:
+    return rotate_halves(x, angle.cos(), angle.sin())
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+Function = Callable[[Tensor, Tensor], Tensor]
+CASES = {
+    "norm": (norm, plain_norm, draw(2, 3, 4), draw(4)),
+    "norm in groups": (norm, plain_norm, draw(2, 3, 2, 4), draw(2, 4)),
+    "product": (silu_product, plain_product, draw(2, 3, 4), draw(2, 3, 4).flip(0)),
+    "product of other shapes": (silu_product, plain_product, draw(2, 3, 4), draw(4)),
+    "rotation": (rotation, plain_rotation, draw(2, 3, 2, 4), draw(3, 1, 2)),
+    "rotation of rows": (rotation, plain_rotation, draw(2, 3, 2, 4), draw(2, 3, 1, 2)),
+}
+all_cases = pytest.mark.parametrize(("function", "plain", "x", "other"), CASES.values(), ids=CASES)
+
+
+def leaves(function: Function, x: Tensor, other: Tensor) -> list[Tensor]:
+    """Copies to differentiate by; angles are not."""
+    return [x.clone().requires_grad_(), other.clone().requires_grad_(function is not rotation)]
+
+
+@all_cases
+def test_values_and_gradients_are_those_of_the_plain_operators(
+    function: Function, plain: Function, x: Tensor, other: Tensor
+) -> None:
+    ours, theirs = leaves(function, x, other), leaves(function, x, other)
+    y, expected = function(*ours), plain(*theirs)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    y.backward(grad)
+    expected.backward(grad)
+    for mine, other_leaf in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other_leaf.grad, rtol=1e-12, atol=1e-12)
+
+
+@all_cases
+def test_they_can_be_differentiated_twice(function: Function, plain: Function, x: Tensor, other: Tensor) -> None:
+    assert torch.autograd.gradgradcheck(function, leaves(function, x, other))
+
+
+@all_cases
+def test_values_have_the_same_bits_where_something_looks_inside(
+    function: Function, plain: Function, x: Tensor, other: Tensor
+) -> None:
+    x, other = x.float(), other.float()
+    expected = function(x, other)
+    assert torch.equal(torch.compile(function, backend="eager", fullgraph=True)(x, other), expected)
+    rows = torch.vmap(function, in_dims=(0, None if other.shape != x.shape else 0))
+    if other.dim() < x.dim() or other.shape == x.shape:
+        assert torch.equal(rows(x, other), expected)
+
+
+@all_cases
+def test_forward_mode_derivatives(function: Function, plain: Function, x: Tensor, other: Tensor) -> None:
+    tangent = x.flip(-1)
+    _, expected = torch.func.jvp(lambda x: plain(x, other), (x,), (tangent,))
+    _, ours = torch.func.jvp(lambda x: function(x, other), (x,), (tangent,))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent), other)).tangent
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(dual, expected)
+
+
+@all_cases
+def test_what_needs_no_gradient_gets_none(function: Function, plain: Function, x: Tensor, other: Tensor) -> None:
+    first, second = leaves(function, x, other)
+    (alone,) = torch.autograd.grad(function(first, other).sum(), first)
+    torch.testing.assert_close(alone, torch.autograd.grad(plain(first, other).sum(), first)[0])
+    if second.requires_grad:
+        (alone,) = torch.autograd.grad(function(x, second).sum(), second)
+        torch.testing.assert_close(alone, torch.autograd.grad(plain(x, second).sum(), second)[0])
+
+
+@pytest.mark.parametrize("function", [norm, silu_product, rotation])
+def test_only_what_was_given_is_kept(function: Function) -> None:
+    x = draw(2, 64, 32).requires_grad_()
+    other = {norm: draw(32), silu_product: draw(2, 64, 32), rotation: draw(64, 16)}[function].requires_grad_(
+        function is not rotation
+    )
+    given, more = {x.data_ptr(), other.data_ptr()}, 0
+
+    def pack(kept: Tensor) -> Tensor:
+        nonlocal more
+        more += 0 if kept.data_ptr() in given else kept.numel()
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        function(x, other)
+    assert more <= {norm: 2 * 64, silu_product: 0, rotation: 2 * 64 * 16}[function]
+
+
+def test_a_token_of_zeros_has_a_finite_gradient() -> None:
+    x = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
+    rms_norm(x, torch.ones(4, dtype=torch.float64), EPS).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, EPS**-0.5))
+
+
+def test_a_product_of_two_dtypes_has_the_wider_one() -> None:
+    gate, x = draw(3, 4, dtype=torch.bfloat16), draw(3, 4, dtype=torch.float32)
+    y = silu_product(gate, x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, F.silu(gate) * x)
