@@ -5,6 +5,7 @@ from benchmark_cases import (
     bmojo,
     bottleneck,
     cuda,
+    elementwise,
     graph_memory,
     memory_bank,
     neural_memory,
@@ -25,5 +26,6 @@ CASES = [
     *side_memory.CASES,
     *bottleneck.CASES,
     *attention.CASES,
+    *elementwise.CASES,
     *cuda.CASES,
 ]

@@ -1,4 +1,4 @@
-"""Normalising, gating and rotating with backward passes of their own: what the plain operators give."""
+"""Normalising, gating and rotating with backward passes of their own: what the loop over tokens gives."""
 
 from collections.abc import Callable
 
@@ -9,21 +9,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from memzoo.layers.ops.elementwise import rms_norm, rotate_halves, silu_product
+from memzoo.layers.reference import elementwise as reference
 
 EPS = 1e-6
-
-
-def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS)
-
-
-def plain_product(gate: Tensor, x: Tensor) -> Tensor:
-    return gate * torch.sigmoid(gate) * x
-
-
-def plain_rotation(x: Tensor, angle: Tensor) -> Tensor:
-    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat((pairs.real, pairs.imag), dim=-1)
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -34,20 +22,28 @@ def rotation(x: Tensor, angle: Tensor) -> Tensor:
     return rotate_halves(x, angle.cos(), angle.sin())
 
 
+def loop_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return reference.rms_norm(x, weight, EPS)
+
+
+def loop_rotation(x: Tensor, angle: Tensor) -> Tensor:
+    return reference.rotate_halves(x, angle.cos(), angle.sin())
+
+
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
 Function = Callable[[Tensor, Tensor], Tensor]
 CASES = {
-    "norm": (norm, plain_norm, draw(2, 3, 4), draw(4)),
-    "norm in groups": (norm, plain_norm, draw(2, 3, 2, 4), draw(2, 4)),
-    "product": (silu_product, plain_product, draw(2, 3, 4), draw(2, 3, 4).flip(0)),
-    "product of other shapes": (silu_product, plain_product, draw(2, 3, 4), draw(4)),
-    "rotation": (rotation, plain_rotation, draw(2, 3, 2, 4), draw(3, 1, 2)),
-    "rotation of rows": (rotation, plain_rotation, draw(2, 3, 2, 4), draw(2, 3, 1, 2)),
+    "norm": (norm, loop_norm, draw(2, 3, 4), draw(4)),
+    "norm in groups": (norm, loop_norm, draw(2, 3, 2, 4), draw(2, 4)),
+    "product": (silu_product, reference.silu_product, draw(2, 3, 4), draw(2, 3, 4).flip(0)),
+    "product of other shapes": (silu_product, reference.silu_product, draw(2, 3, 4), draw(4)),
+    "rotation": (rotation, loop_rotation, draw(2, 3, 2, 4), draw(3, 1, 2)),
+    "rotation of rows": (rotation, loop_rotation, draw(2, 3, 2, 4), draw(2, 3, 1, 2)),
 }
-all_cases = pytest.mark.parametrize(("function", "plain", "x", "other"), CASES.values(), ids=CASES)
+all_cases = pytest.mark.parametrize(("function", "loop", "x", "other"), CASES.values(), ids=CASES)
 
 
 def leaves(function: Function, x: Tensor, other: Tensor) -> list[Tensor]:
@@ -56,11 +52,11 @@ def leaves(function: Function, x: Tensor, other: Tensor) -> list[Tensor]:
 
 
 @all_cases
-def test_values_and_gradients_are_those_of_the_plain_operators(
-    function: Function, plain: Function, x: Tensor, other: Tensor
+def test_values_and_gradients_are_those_of_the_loop(
+    function: Function, loop: Function, x: Tensor, other: Tensor
 ) -> None:
     ours, theirs = leaves(function, x, other), leaves(function, x, other)
-    y, expected = function(*ours), plain(*theirs)
+    y, expected = function(*ours), loop(*theirs)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
     y.backward(grad)
@@ -70,13 +66,13 @@ def test_values_and_gradients_are_those_of_the_plain_operators(
 
 
 @all_cases
-def test_they_can_be_differentiated_twice(function: Function, plain: Function, x: Tensor, other: Tensor) -> None:
+def test_they_can_be_differentiated_twice(function: Function, loop: Function, x: Tensor, other: Tensor) -> None:
     assert torch.autograd.gradgradcheck(function, leaves(function, x, other))
 
 
 @all_cases
 def test_values_have_the_same_bits_where_something_looks_inside(
-    function: Function, plain: Function, x: Tensor, other: Tensor
+    function: Function, loop: Function, x: Tensor, other: Tensor
 ) -> None:
     x, other = x.float(), other.float()
     expected = function(x, other)
@@ -87,9 +83,9 @@ def test_values_have_the_same_bits_where_something_looks_inside(
 
 
 @all_cases
-def test_forward_mode_derivatives(function: Function, plain: Function, x: Tensor, other: Tensor) -> None:
+def test_forward_mode_derivatives(function: Function, loop: Function, x: Tensor, other: Tensor) -> None:
     tangent = x.flip(-1)
-    _, expected = torch.func.jvp(lambda x: plain(x, other), (x,), (tangent,))
+    _, expected = torch.func.jvp(lambda x: loop(x, other), (x,), (tangent,))
     _, ours = torch.func.jvp(lambda x: function(x, other), (x,), (tangent,))
     with forward_ad.dual_level():
         dual = forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent), other)).tangent
@@ -98,13 +94,13 @@ def test_forward_mode_derivatives(function: Function, plain: Function, x: Tensor
 
 
 @all_cases
-def test_what_needs_no_gradient_gets_none(function: Function, plain: Function, x: Tensor, other: Tensor) -> None:
+def test_what_needs_no_gradient_gets_none(function: Function, loop: Function, x: Tensor, other: Tensor) -> None:
     first, second = leaves(function, x, other)
     (alone,) = torch.autograd.grad(function(first, other).sum(), first)
-    torch.testing.assert_close(alone, torch.autograd.grad(plain(first, other).sum(), first)[0])
+    torch.testing.assert_close(alone, torch.autograd.grad(loop(first, other).sum(), first)[0])
     if second.requires_grad:
         (alone,) = torch.autograd.grad(function(x, second).sum(), second)
-        torch.testing.assert_close(alone, torch.autograd.grad(plain(x, second).sum(), second)[0])
+        torch.testing.assert_close(alone, torch.autograd.grad(loop(x, second).sum(), second)[0])
 
 
 @pytest.mark.parametrize("function", [norm, silu_product, rotation])

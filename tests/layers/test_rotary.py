@@ -61,3 +61,11 @@ def test_an_odd_head_or_a_base_of_zero_is_refused():
         Rotary(5)
     with pytest.raises(ValueError, match=r"base=0.0 is not positive; use base > 0"):
         Rotary(4, base=0.0)
+
+
+@pytest.mark.parametrize("positions", [torch.arange(7), torch.arange(14).view(2, 7)], ids=["shared", "of each row"])
+def test_tensors_can_share_their_angles(positions):
+    rotary, x = Rotary(8), torch.randn(2, 7, 3, 8)
+    angles = rotary.angles(positions)
+    assert angles.cos.shape == (*positions.shape, 1, 4)
+    assert torch.equal(rotary(x, angles), rotary(x, positions))
