@@ -81,7 +81,8 @@ def delta_rule(
         lengths: Tokens that exist in each row, from the left; all by default. Outputs past them are zero.
         cu_seqlens: Where segments begin that follow one another in a single row, and where the last one ends:
             0 = first <= ... <= last = time. Each has a memory of its own; an empty one keeps it.
-        backend: "torch", "fla" or "auto", which takes fla where it is installed and the inputs are on CUDA.
+        backend: "torch", "fla" or "auto", which takes fla where it is installed and the inputs are on CUDA, in half
+            precision, K and V even and at least 16, K at most 256.
         return_residual: Return a third thing, the error v_t - k_t S' of every token, whose share beta_t is written.
             Zero past ``lengths``; detached, so no gradient flows through it; in the dtype of the state. The recurrence
             has it at hand, but fla's kernels keep theirs to themselves: "auto" takes torch.

@@ -39,7 +39,8 @@ def linear_recurrence(
         lengths: Tokens that exist in each row, from the left; all by default. Outputs past them are zero.
         cu_seqlens: Where segments begin that follow one another in a single row, and where the last one ends:
             0 = first <= ... <= last = time. Each has a memory of its own; an empty one keeps it.
-        backend: "torch", "fla" or "auto", which takes fla where it is installed and the inputs are on CUDA.
+        backend: "torch", "fla" or "auto", which takes fla where it is installed and the inputs are on CUDA, in half
+            precision, K and V even and at least 16, K at most 256.
 
     Shape:
         q, k: (batch, time, heads, K). v, y: (batch, time, value heads, V); value heads are a multiple of heads, and

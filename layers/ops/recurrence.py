@@ -61,7 +61,7 @@ def recur(
     batch, time, heads = v.shape[:3]
     dtype = working_dtype(*(t for t in (q, k, v, beta, log_decay, state) if t is not None))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    by_fla = choose_fla(backend, q)
+    by_fla = choose_fla(backend, q, v)
     if lengths is not None:  # a token that does not exist writes nothing and lets nothing decay
         q, k, v = blank_behind(lengths, q, k, v)
         beta = None if beta is None else blank_behind(lengths, beta)[0]

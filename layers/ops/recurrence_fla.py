@@ -14,31 +14,36 @@ from memzoo.layers.ops.backend import is_installed
 from memzoo.layers.ops.precision import no_autocast
 
 LARGEST_KEY = 256
+SMALLEST_HEAD = 16
+"""Width of keys and values: narrower products do not compile in half precision, nor does odd width train everywhere."""
 FORGETS_ALL = -100.0
 """A log decay that leaves nothing in float32; the kernels take differences of sums, which are NaN for -inf."""
 
 
-def choose_fla(backend: str, q: Tensor) -> bool:
-    """Return whether fla is to be used.
+def choose_fla(backend: str, q: Tensor, v: Tensor) -> bool:
+    """Return whether fla is to be used for these queries and values.
 
     Its kernels are for half precision: some refuse float32, others compute its products in TF32.
 
     Raises:
         ValueError: It was asked for and does not apply.
     """
-    obstacle = _obstacle(q)
+    obstacle = _obstacle(q, v)
     if obstacle and backend == "fla":
         raise ValueError(f"backend='fla' does not apply: {obstacle}, or use backend='auto'")
     return backend != "torch" and not obstacle and is_installed("fla")
 
 
-def _obstacle(q: Tensor) -> str:
+def _obstacle(q: Tensor, v: Tensor) -> str:
     if q.device.type != "cuda":
         return f"q is on {q.device}; move the inputs to CUDA"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"q has dtype {q.dtype}; cast q, k, v to bfloat16"
     if q.shape[-1] > LARGEST_KEY:
         return f"q has key width {q.shape[-1]}; use at most {LARGEST_KEY}"
+    for name, width in (("q has key", q.shape[-1]), ("v has value", v.shape[-1])):
+        if width < SMALLEST_HEAD or width % 2:
+            return f"{name} width {width}; use an even one of at least {SMALLEST_HEAD}"
     return ""
 
 

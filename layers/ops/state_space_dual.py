@@ -75,7 +75,7 @@ def state_space_dual(
             y, state = dual_by_kernel(x, dt, A, B, C, None if state is None else state.to(dtype), chunk_size)
         else:
             inputs, dt = blank_behind(lengths, inputs, dt)
-            products = x.dtype if choose_fla(backend, C) else dtype  # fla's kernels take half precision alone
+            products = x.dtype if choose_fla(backend, C, x) else dtype  # fla's kernels take half precision alone
             y, state = linear_recurrence(
                 C.to(products),
                 B.to(products),

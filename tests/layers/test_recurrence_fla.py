@@ -52,7 +52,7 @@ def stand_ins(monkeypatch):
         fake = ModuleType(f"fla.ops.{module}")
         setattr(fake, op, stand_in(op, has_beta, decay == "channel"))
         monkeypatch.setitem(sys.modules, f"fla.ops.{module}", fake)
-    monkeypatch.setattr(recurrence, "choose_fla", lambda backend, q: backend == "fla")
+    monkeypatch.setattr(recurrence, "choose_fla", lambda backend, *_: backend == "fla")
     monkeypatch.setattr(recurrence, "check_backend", lambda *_: None)
     return called
 
@@ -146,9 +146,9 @@ def test_half_precision_goes_in_and_comes_out(stand_ins):
 )
 def test_asked_for_in_vain_it_says_why(q, words):
     with pytest.raises(ValueError, match=f"backend='fla' does not apply: {words}.*backend='auto'"):
-        recurrence_fla.choose_fla("fla", q)
-    assert not recurrence_fla.choose_fla("auto", q)
-    assert not recurrence_fla.choose_fla("torch", q)
+        recurrence_fla.choose_fla("fla", q, q)
+    assert not recurrence_fla.choose_fla("auto", q, q)
+    assert not recurrence_fla.choose_fla("torch", q, q)
 
 
 class OnCuda:
@@ -161,15 +161,24 @@ class OnCuda:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "words"),
-    [(torch.float32, 64, "dtype torch.float32; cast q, k, v to bfloat16"), (torch.float16, 512, "key width 512")],
+    ("dtype", "key_width", "value_width", "words"),
+    [
+        (torch.float32, 64, 64, "dtype torch.float32; cast q, k, v to bfloat16"),
+        (torch.float16, 512, 64, "key width 512; use at most 256"),
+        (torch.float16, 8, 16, "key width 8; use an even one of at least 16"),
+        (torch.float16, 16, 8, "value width 8; use an even one of at least 16"),
+        (torch.float16, 17, 16, "key width 17; use an even one"),
+        (torch.float16, 16, 33, "value width 33; use an even one"),
+    ],
 )
-def test_on_cuda_it_takes_half_precision_and_heads_that_fit(monkeypatch, dtype, width, words):
+def test_on_cuda_it_takes_half_precision_and_heads_that_fit(monkeypatch, dtype, key_width, value_width, words):
     monkeypatch.setattr(recurrence_fla, "is_installed", lambda _: True)
+    unfit = OnCuda(dtype, key_width), OnCuda(dtype, value_width)
     with pytest.raises(ValueError, match=words):
-        recurrence_fla.choose_fla("fla", OnCuda(dtype, width))
-    assert not recurrence_fla.choose_fla("auto", OnCuda(dtype, width))
-    assert recurrence_fla.choose_fla("auto", OnCuda(torch.bfloat16, 64))
-    assert not recurrence_fla.choose_fla("torch", OnCuda(torch.bfloat16, 64))
+        recurrence_fla.choose_fla("fla", *unfit)
+    assert not recurrence_fla.choose_fla("auto", *unfit)
+    fit = OnCuda(torch.bfloat16, 16), OnCuda(torch.bfloat16, 512)
+    assert recurrence_fla.choose_fla("auto", *fit)
+    assert not recurrence_fla.choose_fla("torch", *fit)
     monkeypatch.setattr(recurrence_fla, "is_installed", lambda _: False)
-    assert not recurrence_fla.choose_fla("auto", OnCuda(torch.bfloat16, 64))
+    assert not recurrence_fla.choose_fla("auto", *fit)

@@ -172,7 +172,7 @@ def test_19_with_residuals_it_compiles_whole(rule):
 def test_19_kernels_without_residuals_are_passed_over_and_refused_by_name(monkeypatch):
     case = make_case(RULES["kda"])
     monkeypatch.setattr(recurrence, "check_backend", lambda *_: None)
-    monkeypatch.setattr(recurrence, "choose_fla", lambda backend, _: backend != "torch")
+    monkeypatch.setattr(recurrence, "choose_fla", lambda backend, *_: backend != "torch")
     _, _, residual = delta_rule(**case, return_residual=True)
     assert_close(residual, delta_loop(**case, return_residual=True)[2], TOLERANCE)
     with pytest.raises(ValueError, match=r"return_residual=True .*backend='fla'.*use backend='torch' or 'auto'"):
