@@ -45,6 +45,7 @@ from memzoo.layers.ops.attention import AttentionState
 from memzoo.layers.persistent_memory import PersistentMemory
 from memzoo.layers.registry import LayerEntry, create_layer, layer_entry, list_layers, register_layer
 from memzoo.layers.retnet import RetNet
+from memzoo.layers.rome import Rome
 from memzoo.layers.rotary import Rotary
 from memzoo.layers.sentence_embedding import SentenceEmbedder
 from memzoo.layers.short_conv import ShortConv, ShortConvState
@@ -111,6 +112,7 @@ __all__ = [
     "PersistentMemory",
     "RMSNorm",
     "RetNet",
+    "Rome",
     "Rotary",
     "SentenceEmbedder",
     "SequenceMixer",

@@ -28,6 +28,7 @@ class Edit:
         unrelated: (rows, time) tokens, or images, of questions that must not be touched; None for none.
         unrelated_mask: Real tokens of those.
         label: What tells one answer from another where editors compare them; hashable.
+        subject: (rows, time) bool, the tokens that name what the question is about; None if that is not known.
     """
 
     inputs: Tensor
@@ -36,6 +37,7 @@ class Edit:
     unrelated: Tensor | None = None
     unrelated_mask: Tensor | None = None
     label: Any = None
+    subject: Tensor | None = None
 
     @property
     def asked(self) -> Tensor | None:
@@ -237,6 +239,14 @@ def _fault(edit: Edit) -> str | None:
             " has a row without a real token up to its first target, so without a question; leave the row out, or see "
             "to its mask"
         )
+    subject = edit.subject
+    if subject is None:
+        return None
+    fits = isinstance(subject, Tensor) and subject.dtype == torch.bool and subject.shape == targets.shape
+    if asked is None or not fits:
+        return f": subject {_told(subject)} does not fit inputs {_told(inputs)}; pass bool, one for each token, or None"
+    if not bool((subject & asked).any(1).all()):
+        return ": subject has a row with no token of the question; mark those that name it, or pass subject=None"
     return None
 
 

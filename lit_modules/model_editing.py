@@ -75,7 +75,7 @@ class ModelEditingModule(LightningModule):
             of images. None for that of the ``checkpoint``.
         overrides: Arguments in place of the named model's own, and of those in the checkpoint.
         checkpoint: File that a ``CausalLMModule`` has written, for the weights of the model.
-        editor: Name of a registered editor, such as "wise" or "grace".
+        editor: Name of a registered editor, such as "wise", "grace" or "rome".
         editor_options: Of attaching it.
         evaluate_every: Edits between two evaluations on the way; None evaluates after the last alone.
         generate: Evaluate by generation too.
@@ -351,8 +351,8 @@ def attach_editor(model: nn.Module, name: str, options: Mapping[str, Any]) -> Ed
         ) from error
     if not isinstance(editor, Editor):
         raise ValueError(
-            f"editor={name!r} is a {type(editor).__name__}, which learns texts and not edits; use 'wise', 'grace' or "
-            f"'fine_tuning'"
+            f"editor={name!r} is a {type(editor).__name__}, which learns texts and not edits; use 'wise', 'grace', "
+            f"'rome' or 'fine_tuning'"
         )
     return editor
 
@@ -367,7 +367,7 @@ def edit_of(batch: Batch) -> Edit:
         raise ValueError(
             f"batch has {sorted(batch)}, no edit: 'inputs', 'targets' and 'index'; use FactData(train_on='edits')"
         )
-    names = ("inputs", "targets", "mask", "unrelated", "unrelated_mask")
+    names = ("inputs", "targets", "mask", "unrelated", "unrelated_mask", "subject")
     return Edit(**{name: batch[name] for name in names if name in batch})
 
 

@@ -130,6 +130,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "chunk": {"splitter": "chunk", "num_codebooks": 4, "dim_key": 4, "topk": 2, "chunk_bytes": 500},
         "standardized": {"splitter": "learned", "standardize": True, "num_pairs": 70},
     },
+    "rome": {"together": {"ridge": 0.5, "token": "first"}},
     "grace": {"first": {"token": "first", "radius": 1e-6, "sticky": False}},
 }
 # With memories to read, which the registered layers do without: fetched for the rows of every call.

@@ -14,7 +14,7 @@ from memzoo.lit_modules.editing_metrics import memory_bytes
 DIM, WIDTH = 16, 32
 MATRIX = DIM * WIDTH * 4
 QUESTIONS = 32 * (6 * (4 * WIDTH + 1) + 2 * 8)  # stored: what the site reads of six tokens, which count, whose it is
-LEARNING = {"wise": "max_steps", "grace": "steps", "fine_tuning": "max_steps"}
+LEARNING = {"wise": "max_steps", "grace": "steps", "fine_tuning": "max_steps", "rome": "max_steps"}
 
 
 def held(name: str, marks: tuple[int, ...], **options: Any) -> list[int]:
@@ -61,3 +61,9 @@ def test_grace_holds_an_entry_more_an_edit() -> None:
     entry = 4 * (WIDTH + DIM + 1) + 32 + 8  # key, value and radius, label, number of the edit
     assert grown == [250 * entry] * 3
     assert sizes[0] - 250 * entry == 2 * 8
+
+
+@pytest.mark.slow
+def test_rome_holds_two_vectors_more_an_edit() -> None:
+    sizes = held("rome", (250, 500, 1000))
+    assert sizes == [edits * (4 * (WIDTH + DIM) + 8) + 8 for edits in (250, 500, 1000)]  # and the number of the call

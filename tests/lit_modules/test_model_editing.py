@@ -14,13 +14,14 @@ from memzoo.lit_modules import CausalLMModule, ModelEditingModule, ProgressBar
 from memzoo.lit_modules.cli import main
 from memzoo.lit_modules.data.relabel import RelabelData
 from memzoo.lit_modules.editing_metrics import generate_answers, read_answers
-from memzoo.lit_modules.model_editing import EditCounter
+from memzoo.lit_modules.model_editing import EditCounter, edit_of
 from tests.lit_modules.editing_cases import SIZES, Dense, Facts, host, module, register_dense, trainer
 
 EDITORS = {
     "dense": {},
     "fine_tuning": {"max_steps": 10, "learning_rate": 0.01},
     "grace": {"steps": 30, "radius": 0.05, "replace": "all"},
+    "rome": {"max_steps": 4},
     "wise": {"max_steps": 4, "edits_per_shard": 1},
 }
 
@@ -122,7 +123,7 @@ def test_14_the_first_edit_is_still_answered_after_the_second():
     assert lit.evaluations[-1]["reliability"] == 1
 
 
-@pytest.mark.parametrize("editor", ["grace", "wise"])
+@pytest.mark.parametrize("editor", ["grace", "rome", "wise"])
 def test_13_evaluating_leaves_editor_model_and_random_state_as_they_are(editor):
     lit, _ = fitted(editor=editor, editor_options=EDITORS[editor])
     state, random = {name: tensor.clone() for name, tensor in lit.state_dict().items()}, torch.get_rng_state()
@@ -252,7 +253,7 @@ def test_a_run_with_nothing_left_to_edit_is_measured(tmp_path):
     assert lit.evaluations == whole.evaluations
 
 
-@pytest.mark.parametrize("editor", ["grace", "wise"])
+@pytest.mark.parametrize("editor", ["grace", "rome", "wise"])
 def test_a_checkpoint_has_the_model_once_and_the_editor_and_loads_as_plain_tensors(editor, tmp_path):
     saved = ModelCheckpoint(tmp_path, "last", every_n_train_steps=4)
     arguments = {"model": "transformer_tiny", "overrides": SIZES, "editor": editor, "editor_options": EDITORS[editor]}
@@ -266,6 +267,14 @@ def test_a_checkpoint_has_the_model_once_and_the_editor_and_loads_as_plain_tenso
     tokens = next(Facts().questions(range(3), "edit"))["inputs"]
     assert torch.equal(loaded.eval().model(tokens)[0], whole.model(tokens)[0])
     assert loaded.records == whole.records
+
+
+def test_a_batch_may_say_where_its_subject_is():
+    inputs = torch.tensor([[5, 6, 7]])
+    batch = {"inputs": inputs, "targets": inputs, "index": torch.tensor([0])}
+    assert edit_of(batch).subject is None
+    subject = torch.tensor([[True, False, False]])
+    assert edit_of(batch | {"subject": subject}).subject is subject
 
 
 # The host
