@@ -172,10 +172,15 @@ class Rome(Editor):
         self._check_use("memorize")
         with acting(self):
             seen = self.see(lambda: (run or self.host)(inputs))
-        keys = seen.x[seen.key_tokens(self.sites[0], mask, self.options.token)]
-        values, call, ridge = seen.y.new_zeros(len(keys), seen.y.shape[-1]), self.changes.next_call, self.options.ridge
-        for rows in [slice(None)] if ridge else [slice(row, row + 1) for row in range(len(keys))]:
-            self.changes.write(keys[rows], values[rows], ridge=ridge, call=call)
+        keys, ridge = seen.x[seen.key_tokens(self.sites[0], mask, self.options.token)], self.options.ridge
+        values, call = seen.y.new_zeros(len(keys), seen.y.shape[-1]), self.changes.next_call
+        before = self.changes.tables()
+        try:
+            for rows in [slice(None)] if ridge else [slice(row, row + 1) for row in range(len(keys))]:
+                self.changes.write(keys[rows], values[rows], ridge=ridge, call=call)
+        except ValueError:
+            self.changes.restore(before)
+            raise
         self.num_edits.fill_(len(self.changes))
 
     def fit_covariance(self, batches: Iterable[Tensor | tuple[Tensor, Tensor | None]]) -> None:
@@ -185,9 +190,11 @@ class Rome(Editor):
             batches: What the host reads, or pairs of that and a mask of real tokens.
 
         Raises:
-            ValueError: The estimate has no inverse, as where there are fewer tokens than the matrix is wide; or the
-                editor is merged or was detached. The covariance is then that from before.
+            ValueError: The estimate has no inverse, as where there are fewer tokens than the matrix is wide; the editor
+                is merged or was detached; or it is called inside of ``torch.inference_mode``. The covariance is then
+                that from before.
         """
+        self._check_inference("fit_covariance")
         self._check_use("fit_covariance")
         estimate = MeanSquare(self.changes.directions.shape[1], self.changes.directions.device)
         with acting(self):

@@ -115,6 +115,17 @@ def test_a_mask_says_where_the_key_of_what_is_memorized_is() -> None:
     torch.testing.assert_close(masked.changes.directions[:1], short.changes.directions, rtol=0, atol=1e-12)
 
 
+def test_of_rows_of_which_one_has_no_key_none_is_memorized() -> None:
+    editor = Rome.attach(nn.Sequential(make_host("ours").blocks[0].ffn), site="0")
+    x = torch.ones(2, 3, 16)
+    x[1] = 0
+    with pytest.raises(ValueError, match="a key is zero"):
+        editor.memorize(x)
+    assert int(editor.num_edits) == len(editor.changes) == 0
+    editor.memorize(x[:1])
+    assert int(editor.num_edits) == len(editor.changes) == 1
+
+
 # Refusals
 
 
@@ -188,6 +199,17 @@ def test_a_site_that_reads_no_rows_of_tokens_is_refused() -> None:
     editor = Rome.attach(host, site=names[1])
     with pytest.raises(ValueError, match=r"shared_expert.*\(6, 24\).*key tokens are not known"):
         editor.edit([edit_of(make_inputs("ours")[:1], 3)])
+
+
+@torch.inference_mode()
+def test_nothing_is_learnt_or_estimated_in_inference_mode() -> None:
+    with torch.inference_mode(False):
+        editor, x = attach("ours", dtype=torch.float32), make_inputs("ours", batch=16)
+        edit = edit_of(x[:1], 3)
+    with pytest.raises(ValueError, match=r"edit\(\) inside of torch.inference_mode"):
+        editor.edit([edit])
+    with pytest.raises(ValueError, match=r"fit_covariance\(\) inside of torch.inference_mode"):
+        editor.fit_covariance([x])
 
 
 @pytest.mark.parametrize("fault", ["interrupt", "diverge"])
