@@ -9,7 +9,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from quiet_trainer import quiet
 from torch.utils.data import DataLoader, Subset
 
 from claims import Check, Claim, ClaimSet, Metrics, Settings
@@ -133,21 +134,8 @@ def stream(
         steps_per_chunk=chosen["steps"],
         **options,
     )
-    quiet(callbacks=list(callbacks)).test(module, data, verbose=False)
+    quiet(callbacks=list(callbacks), inference_mode=False).test(module, data, verbose=False)
     return module
-
-
-def quiet(**options: Any) -> Trainer:
-    """Return a trainer that says and keeps nothing."""
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,
-        **options,
-    )
 
 
 def shorten(settings: Settings) -> Settings:

@@ -4,23 +4,27 @@ import copy
 import logging
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
+from quiet_trainer import quiet
+from torch import Tensor
 
 from claims import Check, Claim, ClaimSet, Metrics, Settings
 from memzoo.arch import CausalLM, create_model
-from memzoo.layers import Wise, wise_lesson
+from memzoo.layers import Rome, Wise, wise_lesson
 from memzoo.layers.call_replay import CallReplay
 from memzoo.lit_modules import CausalLMModule, FactData, ModelEditingModule
+from memzoo.lit_modules.data.fact_batches import EncodedQuestion
 from memzoo.lit_modules.model_editing import edit_of
 
-HOST: Settings = dict(steps=450, learning_rate=2e-3)
+HOST: Settings = dict(dim=128, steps=450, learning_rate=2e-3)
+WIDE: Settings = dict(dim=256, steps=450, learning_rate=1e-3)
 FACTS: Settings = dict(num_facts=300, answer_words=1, num_words=64)
 DEEP: Settings = dict(vocab_size=1024, dim=256, depth=16, num_heads=4)  # to time edits in: as deep as it takes
 MEASURES = ("reliability", "generalisation", "locality")
@@ -34,6 +38,8 @@ def measure(settings: Settings, seed: int) -> Metrics:
         return timed(settings, seed)
     host = copy.deepcopy(trained_host(**settings["host"], seed=seed))
     module = ModelEditingModule(host, editor=settings["editor"], editor_options=settings["options"], generate=False)
+    if "covariance" in settings:
+        cast(Rome, module.editor).fit_covariance(kept_facts(seed, settings["edits"]))
     quiet(max_epochs=1).fit(module, facts(seed, settings["edits"]))
     measured, records = module.evaluations[-1], module.records
     return {
@@ -45,13 +51,13 @@ def measure(settings: Settings, seed: int) -> Metrics:
 
 
 @lru_cache(maxsize=1)
-def trained_host(*, steps: int, learning_rate: float, seed: int) -> CausalLM:
+def trained_host(*, dim: int, steps: int, learning_rate: float, seed: int) -> CausalLM:
     """Return a model that was taught all facts in every wording; runs of a seed share it."""
     torch.manual_seed(seed)
     data = facts(seed)
     module = CausalLMModule(
         "transformer_tiny",
-        {"vocab_size": data.vocab_size},
+        {"vocab_size": data.vocab_size, "dim": dim, "hidden_dim": 4 * dim},
         learning_rate=learning_rate,
         weight_decay=0.1,
         warmup_steps=30,
@@ -65,6 +71,25 @@ def trained_host(*, steps: int, learning_rate: float, seed: int) -> CausalLM:
 def facts(seed: int, edits: int | None = None) -> FactData:
     """Return all facts, to teach a host, or the stream of some edits to them."""
     return FactData(**FACTS, num_edits=edits or 1, train_on="facts" if edits is None else "edits", seed=seed)
+
+
+def kept_facts(seed: int, edits: int) -> list[Tensor]:
+    """Return what the host was taught, but for every wording of the facts that are asked for locality.
+
+    Returns:
+        (rows, time) token ids, rows of one length together.
+    """
+    asked = {question.prompt for fact in facts(seed, edits).edits for question in fact.locality}
+    data = facts(seed)
+    told = data.sentences
+    rows: defaultdict[int, list[list[int]]] = defaultdict(list)
+    for number, question in enumerate(told["edit"]):
+        wordings = (question, *told["paraphrase"][3 * number : 3 * number + 3])
+        if not asked & {wording.prompt for wording in wordings}:
+            for wording in wordings:
+                ids = EncodedQuestion.of(wording, data.tokenizer, beginning=data.beginning).ids
+                rows[len(ids)].append(list(ids))
+    return [torch.tensor(some) for some in rows.values()]
 
 
 def timed(settings: Settings, seed: int) -> Metrics:
@@ -106,18 +131,6 @@ def whole_host() -> Iterator[None]:
         wise_lesson.CallReplay = before  # type: ignore[misc]
 
 
-def quiet(**options: Any) -> Trainer:
-    """Return a trainer that says and keeps nothing."""
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
 def shorten(settings: Settings) -> Settings:
     """Leave a run a host of a single step and edits of a few."""
     if "rounds" in settings:
@@ -138,16 +151,25 @@ def run(editor: str, edits: int, **options: Any) -> Settings:
     return dict(host=HOST, editor=editor, edits=edits, options=options)
 
 
-def wise(mode: str, edits: int, rate: float = 0.1, **options: Any) -> Settings:
-    """Return the settings of WISE; only the question's last token counts."""
-    size = 12 if mode == "retrieve" else 25
-    shard = {"edits_per_shard": size, "reduce": "last", "learning_rate": rate, "max_steps": 40}
-    return run("wise", edits, mode=mode, **shard | options)
+def in_wide_host(variants: dict[str, Settings]) -> dict[str, Settings]:
+    """Return the same in a host of twice the width."""
+    return {name: settings | {"host": WIDE} for name, settings in variants.items()}
+
+
+def wise(mode: str, edits: int) -> Settings:
+    """Return the settings of WISE: two shards to merge, as in the paper; only the question's last token counts."""
+    size = 12 if mode == "retrieve" else edits // 2
+    return run("wise", edits, mode=mode, edits_per_shard=size, reduce="last", learning_rate=0.1, max_steps=40)
 
 
 def grace(edits: int, radius: float) -> Settings:
     """Return the settings of GRACE."""
     return run("grace", edits, radius=radius, steps=50)
+
+
+def rome(edits: int) -> Settings:
+    """Return the settings of ROME."""
+    return run("rome", edits, learning_rate=0.1)
 
 
 def editors(edits: int) -> dict[str, Settings]:
@@ -156,6 +178,8 @@ def editors(edits: int) -> dict[str, Settings]:
         "FT": run("fine_tuning", edits, learning_rate=1e-3),
         "FT-L2": run("fine_tuning", edits, learning_rate=1e-3, l2=1e-3),
         "GRACE": grace(edits, 1.0),
+        "ROME": rome(edits),
+        "ROME, covariance": rome(edits) | {"covariance": True},
         "WISE-Merge": wise("merge", edits),
         "WISE-Retrieve": wise("retrieve", edits),
     }
