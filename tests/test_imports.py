@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,11 +38,14 @@ LAZY = {
 }
 
 
+ENOUGH = 0.3  # seconds
+
+
 @cache
 def imported() -> tuple[set[str], float]:
     """Import ``memzoo.layers`` after torch in fresh processes: what it adds to sys.modules, and the least time.
 
-    Time of the processor: what else runs on the machine does not count.
+    Time of the processor, so that what else runs does not count much; a busy machine gets three tries.
     """
     code = """
 import json, sys, time
@@ -51,11 +55,14 @@ import memzoo.layers
 seconds = time.process_time() - start
 print(json.dumps([sorted({name.partition(".")[0] for name in set(sys.modules) - before}), seconds]))
 """
-    runs = [
-        json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    return set(runs[0][0]), min(seconds for _, seconds in runs)
+    least = math.inf
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        added, seconds = json.loads(done.stdout)
+        least = min(least, seconds)
+        if least < ENOUGH:
+            break
+    return set(added), least
 
 
 def test_the_layers_load_nothing_but_torch() -> None:
@@ -67,7 +74,7 @@ def test_the_layers_load_nothing_but_torch() -> None:
 
 def test_the_layers_load_in_less_than_a_third_of_a_second_beyond_torch() -> None:
     _, seconds = imported()
-    assert seconds < 0.3
+    assert seconds < ENOUGH
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -1,6 +1,7 @@
 """Cards: complete, and rendered without loss."""
 
 import inspect
+from functools import cache
 from importlib.resources import files
 
 import pytest
@@ -46,6 +47,7 @@ WORDS = {"layout", "sizes"}  # choices that are no arguments, in one word
 MACHINERY = {"checkpoint_chunks", "checkpoint_blocks", "backend"}  # change how a model is computed, not what it is
 
 
+@cache
 def kinds(name: str) -> set[str]:
     with torch.device("meta"):
         return set(create_model(name).kinds)
@@ -56,6 +58,7 @@ def sambays(name: str) -> list[str]:
     return [other for other in list_models() if model_card(other) is model_card(name)]
 
 
+@cache
 def arguments_of(name: str) -> dict[str, object]:
     """What a named model sets, or leaves at its architecture's default; without what is about layers it has not."""
     with torch.device("meta"):

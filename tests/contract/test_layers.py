@@ -159,9 +159,15 @@ PARTS += [replace(Part.of(GRACE, "all", replace="all"), skips={**GRACE.skips, **
 CASES = cases(PARTS)
 
 
+# Neural memories with other options, under names of their own; a neural memory behind or beside attention, where both
+# are compiled by themselves.
+COMPILED_ELSEWHERE = ("delta_memory", "longhorn", "ttt_linear", "ttt_mlp", "memory_as_gate", "memory_as_layer")
+
+
 def slow_if_a_variant_compiles(part: Part, name: str) -> list[pytest.MarkDecorator]:
     """Compiling takes seconds: `make test` does it for every layer once, `make test-all` with its other options too."""
-    return [pytest.mark.slow] if name == "it_compiles_as_one_graph" and "+" in part.name else []
+    variant = "+" in part.name or part.name in COMPILED_ELSEWHERE
+    return [pytest.mark.slow] if name == "it_compiles_as_one_graph" and variant else []
 
 
 @pytest.mark.parametrize(

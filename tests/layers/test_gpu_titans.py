@@ -91,7 +91,12 @@ def memory_inputs(depth: int, device: str) -> list[Tensor]:
     return [t.to(device).requires_grad_() for t in (q, k, v, *gates, *weights)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+# On the CPU `make test` compiles the layer (tests/contract/test_layers.py) and the op of single tokens
+# (test_neural_memory_online.py).
+COMPILED = [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]]
+
+
+@pytest.mark.parametrize("device", COMPILED)
 @pytest.mark.parametrize(("op", "depth"), [(neural_memory, 2), (neural_memory_online, 1)])
 def test_the_chunk_step_compiles_as_one_graph(op, depth, device):
     def step(*t: Tensor) -> list[Tensor]:

@@ -56,6 +56,7 @@ def taught(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tup
     return host, memory, inputs
 
 
+@pytest.mark.slow  # a process that imports transformers and timm
 def test_12_a_new_process_reads_the_same_to_the_bit(tmp_path):
     expected = {}
     for name in (GATED, "gpt2", "vit"):

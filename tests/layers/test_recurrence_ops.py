@@ -373,10 +373,9 @@ def test_no_argument_is_changed_and_the_returned_state_shares_no_memory(rule, la
     assert_same_bits(case["state"].detach(), before["state"])
 
 
-# With its residuals, kda is compiled in test_residual.py, always.
-@pytest.mark.parametrize(
-    "rule", [pytest.param(RULES["gla"], id="gla"), pytest.param(RULES["kda"], id="kda", marks=pytest.mark.slow)]
-)
+# `make test` compiles the layers of both (tests/contract/test_layers.py), and kda with residuals (test_residual.py).
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [RULES["gla"], RULES["kda"]], ids=["gla", "kda"])
 def test_it_compiles_whole_with_its_gradients(rule):
     case = make_case(rule, time=20)
     compiled = torch.compile(rule.op, fullgraph=True, backend="aot_eager")

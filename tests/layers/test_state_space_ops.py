@@ -409,6 +409,7 @@ def test_no_argument_is_changed_and_the_returned_state_shares_no_memory(space, l
     assert_same_bits(case["state"].detach(), before["state"])
 
 
+@pytest.mark.slow  # `make test` compiles the layers of both (tests/contract/test_layers.py)
 @each_op
 def test_it_compiles_whole_with_its_gradients(space):
     case = make_case(space, time=20)

@@ -1,5 +1,6 @@
 """The command line: what it shows, what it runs, and how it says that something is wrong."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -231,17 +232,17 @@ def test_the_loggers_of_a_run_share_its_folder(folder):
 
 def test_a_run_killed_at_any_point_can_be_resumed(folder):
     words = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", "100000"]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "memzoo.lit_modules.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    run = multiprocessing.get_context("fork").Process(target=main, args=(words,), daemon=True)
+    run.start()
     checkpoint, deadline = folder / "out" / "last.ckpt", time.monotonic() + 120
     while not checkpoint.exists():
-        assert run.poll() is None, "the run ended by itself"
+        assert run.is_alive(), "the run ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.3)  # it saves after every step, so it is most likely saving when it is killed
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+    run.kill()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
     done = torch.load(checkpoint, weights_only=True)["global_step"]
     words[-1] = str(done + 2)
     assert main([*words, "--ckpt_path", str(checkpoint)]) == 0

@@ -1,7 +1,9 @@
 """Recipes: all of them parse, the tiny ones run, and what they claim to have measured was measured."""
 
+import copy
 import json
 import shlex
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -18,8 +20,13 @@ TINY = [name for name in RECIPES if name.endswith("tiny")]
 RECORDED = [name for name in TINY if reference_path(name).exists()]
 
 
-def read(name: str) -> dict:
+@cache
+def parsed(name: str) -> dict:
     return yaml.safe_load(recipe_path(name).read_text())
+
+
+def read(name: str) -> dict:
+    return copy.deepcopy(parsed(name))
 
 
 def data_of(name: str) -> str:

@@ -218,7 +218,10 @@ def small_cases(bench, setting):
 @pytest.mark.filterwarnings("ignore")  # of the peers
 @pytest.mark.parametrize(
     "name",
-    ["online", "depth", "checkpoint", "delta_rule", "family", "mixture", "train", "decode", "cuda_1", "cuda_2"],
+    [
+        *["online", "depth", "checkpoint", "delta_rule", "family", "mixture", "train", "decode", "cuda_1"],
+        pytest.param("cuda_2", marks=pytest.mark.slow),  # compiles what cuda_1 does, of a deeper memory
+    ],
 )
 def test_every_variant_of_a_case_runs(bench, quick, setting, name, capsys):
     case = small_cases(bench, setting)[name]

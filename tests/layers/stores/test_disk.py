@@ -1,5 +1,7 @@
 """DiskStore: what a folder holds when it is opened again, whatever ended the process that wrote to it."""
 
+import multiprocessing
+import os
 import random
 import signal
 import sqlite3
@@ -7,8 +9,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -167,6 +170,21 @@ def program(path: Path, body: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
+def forked(path: Path, body: str) -> tuple[BaseProcess, TextIO]:
+    """Start a program that is to be killed, and return what it prints: a fork, which has imported torch already."""
+    reading, writing = os.pipe()
+
+    def work() -> None:
+        os.close(reading)
+        with open(writing, "w") as out:
+            exec(f"{CHUNK}\nstore = DiskStore({str(path)!r})\n{body}", {"out": out})
+
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    os.close(writing)
+    return process, open(reading)
+
+
 def held(store: DiskStore, sequence: int = 1) -> int:
     """Return how many chunks a sequence holds, all of them whole, and as they were written."""
     found = store.query(sequence, QUERY.float(), 10**6, before=10**6)
@@ -187,19 +205,20 @@ while True:
         sequence = store.append(sequence, number * 5, chunk(number))
         number += 1
     store.flush()
-    print(number, flush=True)
+    print(number, file=out, flush=True)
 """
     chance = random.Random(0)
     acknowledged = 0
     for _ in range(3):
-        process = program(tmp_path, body)
-        assert process.stdout is not None
-        for _ in range(chance.randint(1, 8)):
-            acknowledged = int(process.stdout.readline())
-        time.sleep(chance.random() / 50)
-        process.send_signal(signal.SIGKILL)
-        rest = process.communicate()[0].split()
-        assert process.returncode == -signal.SIGKILL
+        process, printed = forked(tmp_path, body)
+        with printed:
+            for _ in range(chance.randint(1, 8)):
+                acknowledged = int(printed.readline())
+            time.sleep(chance.random() / 50)
+            process.kill()
+            rest = printed.read().split()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         acknowledged = int(rest[-1]) if rest else acknowledged
         with DiskStore(tmp_path, synchronous=True) as store:
             number = held(store)
