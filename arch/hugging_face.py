@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from memzoo.arch.generation import check_prompt_mask, generate
+from memzoo.arch.hugging_face_folder import check_model, empty_cache, load_folder, transformers_library
 from memzoo.layers.errors import check_choice, check_tokens
 from memzoo.layers.mixer import check_grid
 from memzoo.layers.state import State
@@ -89,7 +89,7 @@ class HuggingFaceLM(nn.Module):
     def __init__(self, folder: str | Path, *, dtype: Precision = "auto", attention: AttentionName = "sdpa") -> None:
         check_choice("dtype", dtype, get_args(Precision))
         check_choice("attention", attention, get_args(AttentionName))
-        self._hold(_load(Path(folder), dtype, attention).train())
+        self._hold(load_folder(Path(folder), dtype, attention).train())
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -99,13 +99,13 @@ class HuggingFaceLM(nn.Module):
             ValueError: It is no causal language model of transformers, or its layers carry something else than keys
                 and values.
         """
-        from_here = _transformers()
+        from_here = transformers_library()
         if not isinstance(model, from_here.PreTrainedModel) or not model.can_generate():
             raise ValueError(
                 f"model is a {type(model).__name__}, no causal language model of transformers; pass one such as "
                 f"LlamaForCausalLM"
             )
-        _check_model(model.config, type(model), f"model={type(model).__name__}")
+        check_model(model.config, type(model), f"model={type(model).__name__}")
         own = cls.__new__(cls)
         own._hold(model)
         return own
@@ -117,7 +117,7 @@ class HuggingFaceLM(nn.Module):
         config = cast(Any, model).config
         self.vocab_size = config.get_text_config(decoder=True).vocab_size
         self._takes = frozenset(inspect.signature(model.forward).parameters)
-        layers = _empty_cache(config).layers
+        layers = empty_cache(config).layers
         self._depth = len(layers)
         self._slides = any(getattr(layer, "is_sliding", False) for layer in layers)
         self.context = _position_table(model)
@@ -135,7 +135,7 @@ class HuggingFaceLM(nn.Module):
         """
         own = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         with torch.no_grad(), torch.random.fork_rng([own] if own.type == "cuda" else []):
-            cache = _empty_cache(self.model.config)
+            cache = empty_cache(self.model.config)
             self.model(torch.zeros(1, 1, dtype=torch.long, device=own), past_key_values=cache, use_cache=True)
         shown = _state_of(cache, torch.ones(1, 1, dtype=torch.bool, device=own))
         return shown.map(lambda t: t[:, :0].repeat_interleave(batch_size, 0)).to(device, dtype)
@@ -196,7 +196,7 @@ class HuggingFaceLM(nn.Module):
                     "model.model.activation_checkpointing_disable(), or pass state=None"
                 )
             return self.model(tokens.long(), use_cache=False, **given, **options).logits, None
-        cache = _empty_cache(config) if state is None else _cache_of(state, config)
+        cache = empty_cache(config) if state is None else _cache_of(state, config)
         logits = self.model(tokens.long(), past_key_values=cache, use_cache=True, **given, **options).logits
         return logits, _state_of(cache, real)
 
@@ -292,7 +292,7 @@ class HuggingFaceLM(nn.Module):
 
 def _cache_of(state: HuggingFaceState, config: Any) -> Any:
     """Return a cache of transformers that holds a state; what it is given is put into new tensors."""
-    cache = _empty_cache(config)
+    cache = empty_cache(config)
     for layer, kept in zip(cache.layers, state.layers, strict=True):
         if kept is not None:
             keys, values = kept.keys.transpose(1, 2), kept.values.transpose(1, 2)
@@ -310,96 +310,9 @@ def _state_of(cache: Any, mask: Tensor) -> HuggingFaceState:
     )
 
 
-def _empty_cache(config: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=config)
-
-
 def _position_table(model: Any) -> int | None:
     """Return how many positions a model has learned embeddings of, as GPT-2 has; None if it computes them."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tables = {m for m in model.modules() if isinstance(m, nn.Embedding)} - {model.get_input_embeddings()}
     # OPT's table has two rows more.
     return limit if limit is not None and any(0 <= m.num_embeddings - limit <= 2 for m in tables) else None
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError("HuggingFaceLM needs the transformers package; pip install 'memzoo[hf]'") from error
-    return transformers
-
-
-def _load(folder: Path, dtype: str, attention: str) -> Any:
-    library = _transformers()
-    config = _read_config(library, folder)
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"folder={str(folder)!r} has no *.safetensors; write them with model.save_pretrained(folder)")
-    try:
-        model, report = library.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"folder={str(folder)!r} does not hold whole safetensors ({error}); save the model again with "
-            f"model.save_pretrained(folder)"
-        ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"folder={str(folder)!r} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]!r}; "
-            f"save the model again with model.save_pretrained(folder)"
-        )
-    return model
-
-
-def _read_config(library: Any, folder: Path) -> Any:
-    """Return the configuration in a folder, once it is known to be that of a model that can be held."""
-    subject = f"folder={str(folder)!r}"
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{subject} has no config.json; give a folder written by save_pretrained of transformers (nothing is "
-            f"downloaded)"
-        )
-    try:
-        config = library.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{subject} holds no configuration that transformers {library.__version__} knows ({error}); use a model "
-            f"that it has code for"
-        ) from error
-    known, saved = library.MODEL_FOR_CAUSAL_LM_MAPPING, config.architectures or []
-    causal = known.get(type(config), None)
-    if causal is None or (saved and causal.__name__ not in saved):
-        raise ValueError(
-            f"{subject} holds a {' or '.join(saved) or type(config).__name__}, no causal language model; use one, such "
-            f"as a {causal.__name__ if causal else 'LlamaForCausalLM'}"
-        )
-    _check_model(config, causal, subject)
-    return config
-
-
-def _check_model(config: Any, model_class: type[nn.Module], subject: str) -> None:
-    """Require a decoder alone, whose layers keep keys and values."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING
-    from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
-
-    if config.is_encoder_decoder:
-        raise ValueError(f"{subject} is an encoder-decoder ({config.model_type}); use a decoder alone, such as Llama")
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        raise ValueError(f"{subject} is an encoder ({config.model_type}), no causal language model; use one like Llama")
-    kept = {DummyLayer, DynamicLayer, DynamicSlidingWindowLayer}  # a dummy reads what another layer keeps
-    other = sorted({type(layer).__name__ for layer in _empty_cache(config).layers if type(layer) not in kept})
-    if other or "past_key_values" not in inspect.signature(model_class.forward).parameters:
-        raise ValueError(
-            f"{subject} ({config.model_type}) carries {', '.join(other) or 'a state of its own'}, but only keys and "
-            f"values of attention can be kept here; use a model whose layers are full or sliding attention"
-        )

@@ -5,7 +5,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from memzoo.layers.cross_attention import SharedKeys
+from memzoo.layers.cross_attention import SharedKeys, check_shareable
 from memzoo.layers.errors import check_choice, check_divisible, check_number, check_positive
 from memzoo.layers.heads import resolve_heads
 from memzoo.layers.mixer import SequenceMixer
@@ -22,7 +22,7 @@ from memzoo.layers.ops.attention_checks import check_dropout
 from memzoo.layers.ops.backend import check_backend
 from memzoo.layers.packing import Ragged
 from memzoo.layers.registry import register_layer
-from memzoo.layers.rotary import Angles, Rotary
+from memzoo.layers.rotary import Angles, Rotary, positions_from
 from memzoo.layers.state import MixerState
 from memzoo.layers.trace import Trace
 
@@ -97,7 +97,7 @@ class Attention(SequenceMixer):
         self.key = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.out = nn.Linear(num_heads * head_dim, dim, bias=bias)
-        self.norms_all_heads = qk_norm == "full"
+        self.qk_norm, self.norms_all_heads = qk_norm, qk_norm == "full"
         self.query_norm = self._head_norm(qk_norm, num_heads)
         self.key_norm = self._head_norm(qk_norm, num_kv_heads)
         self.rotary = None if rotary_base is None else Rotary(head_dim, base=rotary_base)
@@ -198,7 +198,7 @@ class Attention(SequenceMixer):
             ValueError: The layer has a window, prefix tokens or normalised queries, which other layers do not; or as in
                 ``forward``.
         """
-        self._check_shareable()
+        check_shareable(window=self.window, qk_norm=self.qk_norm, prefix_tokens=self.prefix_tokens)
         self.check_call(x, state, mask, doc_ids)
         rows, start = self.unpack(state, mask, doc_ids)
         tokens, lengths = (x, None) if rows is None else (rows.gather(x), rows.lengths)
@@ -226,39 +226,14 @@ class Attention(SequenceMixer):
 
     def _read_last(self, tokens: Tensor, shared: SharedKeys, rows: Ragged | None) -> tuple[Tensor, Tensor]:
         """Outputs and reads, each of time 1, for the last token of every row of the batch; zero where there is none."""
-        if rows is None:
-            last = tokens[:, -1:]
-        else:
-            lengths = rows.lengths[rows.last]
-            last = tokens[rows.last, (lengths - 1).clamp_min(0)][:, None]
+        last, empty = (tokens[:, -1:], None) if rows is None else rows.last_tokens(tokens)
         q = self._queries(last, self._angles(last, shared.first))
         reads = shared_attention(
             q, shared.keys, shared.values, shared.first, scale=self.scale, dropout=self._active_dropout
         )
         memory = self._join(reads)
         y = self.out(memory)
-        if rows is None:
-            return y, memory
-        empty = (lengths == 0)[:, None, None]
-        return y.masked_fill(empty, 0), memory.masked_fill(empty, 0)
-
-    def _check_shareable(self) -> None:
-        """Require that queries of other layers may see what this layer's own do, no less and no more."""
-        if self.window is not None:
-            raise ValueError(
-                f"window={self.window} forgets keys that other layers' queries may see; share those of a layer with "
-                f"window=None"
-            )
-        if isinstance(self.key_norm, RMSNorm):
-            raise ValueError(
-                f"qk_norm={'full' if self.norms_all_heads else True} makes keys for normalised queries, and "
-                f"CrossAttention does not normalise its own; share those of a layer with qk_norm=False"
-            )
-        if self.prefix_tokens is not None:
-            raise ValueError(
-                f"num_prefix_tokens={len(self.prefix_tokens)} are read by this layer alone; share keys of a layer with "
-                f"num_prefix_tokens=0"
-            )
+        return (y, memory) if empty is None else (y.masked_fill(empty, 0), memory.masked_fill(empty, 0))
 
     def _read(
         self,
@@ -312,10 +287,7 @@ class Attention(SequenceMixer):
 
     def _angles(self, x: Tensor, first: Tensor | None) -> Angles | None:
         """Rotations of tokens that begin at position ``first``, or at 0; None where nothing is rotated."""
-        if self.rotary is None:
-            return None
-        positions = torch.arange(x.shape[1], device=x.device)
-        return self.rotary.angles(positions if first is None else first[:, None] + positions)
+        return None if self.rotary is None else self.rotary.angles(positions_from(first, x))
 
     def _queries(self, x: Tensor, angles: Angles | None) -> Tensor:
         return self._rotate(self._heads(self.query(x), self.query_norm), angles)

@@ -13,27 +13,25 @@ from torch import Tensor, nn
 
 from memzoo.layers.bmojo_eidetic import POSITIONS, EideticMemory
 from memzoo.layers.bmojo_fading import FadingTokens
-from memzoo.layers.bmojo_parts import Call, Pair, build_ssm, check_count, check_segments
+from memzoo.layers.bmojo_heads import BMojoHeads
+from memzoo.layers.bmojo_parts import Call, Pair, build_ssm, check_innovation, check_segments
 from memzoo.layers.bmojo_retrieval import numbers
 from memzoo.layers.bmojo_selection import Predictor
 from memzoo.layers.bmojo_state import BMojoState, check_state, empty_state
-from memzoo.layers.errors import check_choice, check_divisible, check_positive
+from memzoo.layers.errors import check_choice, check_count, check_divisible, check_positive
 from memzoo.layers.heads import resolve_heads
 from memzoo.layers.mixer import SequenceMixer
-from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.attention import SMALLEST_BLOCK
 from memzoo.layers.ops.bmojo_attention import Band, Segment, joint_attention
 from memzoo.layers.registry import register_layer
-from memzoo.layers.rotary import Rotary
 from memzoo.layers.state import MixerState
 from memzoo.layers.stores import MemoryStore
 from memzoo.layers.trace import Trace
 
 TARGETS = ("fading", "input")
-SEGMENTS = ("eidetic", "fading", "window")
 
 
-class BMojo(SequenceMixer):
+class BMojo(BMojoHeads):
     """One softmax over stored tokens, fading tokens and a window.
 
     With u the input, f = SSM(u) and b = i // window, query i sees
@@ -173,10 +171,8 @@ class BMojo(SequenceMixer):
             tie_projections=tie_projections,
             eidetic_norm=eidetic_norm,
         )
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.window, self.num_eidetic = window, num_eidetic
-        self.tie_projections, self.in_context = tie_projections, in_context
-        self.target = target
+        self.in_context, self.target = in_context, target
         check_positive("predictor_taps", predictor_taps)
         self.eidetic = EideticMemory(
             size=num_eidetic,
@@ -195,30 +191,19 @@ class BMojo(SequenceMixer):
         self.ssm = build_ssm(dim, ssm, ssm_options) if fades or ssm_output else None
         self.adds_ssm = ssm_output
         self.by_residual = num_eidetic > 0 and score == "residual"
-        if self.by_residual and (self.ssm is None or not self.ssm.gives_innovation):
-            raise ValueError(
-                f"score='residual' is what a delta rule corrects, but the SSM is a {type(self.ssm).__name__}; use "
-                f"ssm='gated_deltanet' with fading_span >= 1 or ssm_output=True, or another score"
-            )
-
-        def project(heads: int) -> nn.Linear:
-            return nn.Linear(dim, heads * head_dim, bias=bias)
-
-        def norm() -> nn.Module:
-            return RMSNorm(head_dim) if qk_norm else nn.Identity()
-
-        self.query, self.key, self.value = project(num_heads), project(num_kv_heads), project(num_kv_heads)
-        self.query_norm, self.key_norm = norm(), norm()
-        self.eidetic_norm = RMSNorm(head_dim) if eidetic_norm else None
-        self.fading_query = self.fading_key = self.fading_value = None
-        self.fading_query_norm = self.fading_key_norm = None
-        if not tie_projections:
-            self.fading_query, self.fading_key = project(num_heads), project(num_kv_heads)
-            self.fading_value = project(num_kv_heads)
-            self.fading_query_norm, self.fading_key_norm = norm(), norm()
-        self.out = nn.Linear(num_heads * head_dim, dim, bias=bias)
-        self.rotary = None if rotary_base is None else Rotary(head_dim, base=rotary_base)
-        self.segment_bias = nn.Parameter(torch.empty(len(SEGMENTS), num_heads)) if segment_bias else None
+        if self.by_residual:
+            check_innovation(self.ssm)
+        self._build_heads(
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qk_norm=qk_norm,
+            eidetic_norm=eidetic_norm,
+            tie_projections=tie_projections,
+            rotary_base=rotary_base,
+            bias=bias,
+            segment_bias=segment_bias,
+        )
         learned = num_eidetic > 0 and predictor == "conv"
         self.predictor_weight = nn.Parameter(torch.empty(self.eidetic.taps, dim)) if learned else None
         self.no_weight_decay = ("segment_bias",) if segment_bias else ()
@@ -396,44 +381,6 @@ class BMojo(SequenceMixer):
     def _block(self, time: int) -> int:
         """Queries that are read together: a chunk, so that they see one store; any number of them without a store."""
         return min(time, self.window if self.num_eidetic else max(self.window, SMALLEST_BLOCK))
-
-    def _split(self, x: Tensor) -> Tensor:
-        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
-        return heads
-
-    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate (..., heads, head_dim) to positions (...)."""
-        if self.rotary is None:
-            return x
-        turned: Tensor = self.rotary(x, positions)
-        return turned
-
-    def _queries(self, x: Tensor, call: Call) -> dict[str, Tensor]:
-        """Queries by name: "own" for all keys but those of another name.
-
-        "fading" are for fading tokens if untied, "eidetic" for stored ones with a norm of their own, "unrotated" for
-        stored ones that do not stand at their true positions.
-        """
-        projected = self._split(self.query(x))
-        plain = self.query_norm(projected)
-        own = self._turned(plain, call.positions)
-        queries = {"own": own, "unrotated": plain}
-        if self.eidetic_norm is not None:
-            plain = self.eidetic_norm(projected)
-            queries |= {"unrotated": plain, "eidetic": self._turned(plain, call.positions)}
-        if self.fading_query is not None and self.fading_query_norm is not None:
-            own = self.fading_query_norm(self._split(self.fading_query(x)))
-            queries["fading"] = self._turned(own, call.positions)
-        return queries
-
-    def _keys_and_values(self, x: Tensor, positions: Tensor, *, fading: bool) -> Pair:
-        key, value, norm = self.key, self.value, self.key_norm
-        if fading and self.fading_key is not None and self.fading_value is not None:
-            key, value, norm = self.fading_key, self.fading_value, cast(nn.Module, self.fading_key_norm)
-        return self._turned(norm(self._split(key(x))), positions), self._split(value(x))
-
-    def _bias(self, segment: str) -> Tensor | None:
-        return None if self.segment_bias is None else self.segment_bias[SEGMENTS.index(segment)]
 
     def _window_segment(self, streams: Pair, past: int, call: Call) -> Segment | Band:
         """The last ``window`` tokens: of the ring for a step, else of the stream."""

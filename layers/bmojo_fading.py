@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memzoo.layers.bmojo_parts import Call, Pair, Rings, check_count
-from memzoo.layers.errors import check_positive
+from memzoo.layers.bmojo_parts import Call, Pair, Rings
+from memzoo.layers.errors import check_count, check_positive
 from memzoo.layers.ops.attention_cache import take
 from memzoo.layers.ops.bmojo_attention import Band, Segment
 

@@ -127,14 +127,17 @@ def build_ssm(dim: int, ssm: str | SequenceMixer, options: Mapping[str, Any] | N
     return SSMS[ssm](dim, **(options or {}))
 
 
-def check_count(name: str, value: int, remedy: str) -> None:
-    """Require a whole number >= 0.
+def check_innovation(ssm: SequenceMixer | None) -> None:
+    """Require an SSM that says what it corrects with every token.
 
     Raises:
-        ValueError: It is not one.
+        ValueError: There is none, or it does not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}={value!r} is not a whole number >= 0; {remedy}")
+    if ssm is None or not ssm.gives_innovation:
+        raise ValueError(
+            f"score='residual' is what a delta rule corrects, but the SSM is a {type(ssm).__name__}; use "
+            f"ssm='gated_deltanet' with fading_span >= 1 or ssm_output=True, or another score"
+        )
 
 
 def check_segments(

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from memzoo.layers.differential_read import DifferentialRead
 from memzoo.layers.errors import check_divisible, check_dtype, check_number, check_positive, check_width
 from memzoo.layers.ops.attention import shared_attention
 from memzoo.layers.packing import Ragged
-from memzoo.layers.rotary import Rotary
+from memzoo.layers.rotary import Rotary, positions_from
 from memzoo.layers.trace import Trace
 
 
@@ -30,6 +29,33 @@ class SharedKeys:
     first: Tensor | None = None
     rows: Ragged | None = None
     rotary_base: float | None = None
+
+
+def check_shareable(*, window: int | None, qk_norm: bool | str, prefix_tokens: Tensor | None) -> None:
+    """Require that queries of other layers may see what a layer's own do, no less and no more.
+
+    Args:
+        window: Of the layer that is to share its keys.
+        qk_norm: Whether it normalises them, or "full".
+        prefix_tokens: Its own, or None.
+
+    Raises:
+        ValueError: They may not.
+    """
+    if window is not None:
+        raise ValueError(
+            f"window={window} forgets keys that other layers' queries may see; share those of a layer with window=None"
+        )
+    if qk_norm:
+        raise ValueError(
+            f"qk_norm={qk_norm} makes keys for normalised queries, and CrossAttention does not normalise its own; "
+            f"share those of a layer with qk_norm=False"
+        )
+    if prefix_tokens is not None:
+        raise ValueError(
+            f"num_prefix_tokens={len(prefix_tokens)} are read by this layer alone; share keys of a layer with "
+            f"num_prefix_tokens=0"
+        )
 
 
 class CrossAttention(nn.Module):
@@ -99,8 +125,7 @@ class CrossAttention(nn.Module):
         q = self.query(tokens)
         q = q.unflatten(-1, (-1, self.head_dim)) if self.differential is None else self.differential.split(q)
         if self.rotary is not None:
-            positions = torch.arange(tokens.shape[1], device=x.device)
-            q = self.rotary(q, positions if shared.first is None else shared.first[:, None] + positions)
+            q = self.rotary(q, positions_from(shared.first, tokens))
         y = shared_attention(q, shared.keys, shared.values, shared.first, scale=self.scale)
         y = self.out(y.flatten(2) if self.differential is None else self.differential(y))
         return y if shared.rows is None else shared.rows.scatter(y)

@@ -83,6 +83,16 @@ def check_positive(name: str, value: int, remedy: str = "use a whole number >= 1
         raise ValueError(f"{name}={value!r} is not a whole number >= 1; {remedy}")
 
 
+def check_count(name: str, value: int, remedy: str = "use one") -> None:
+    """Require a whole number >= 0.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={value!r} is not a whole number >= 0; {remedy}")
+
+
 def check_number(name: str, value: float, *, zero: bool = False) -> None:
     """Require a finite number above zero, or from zero if it may be ``zero``.
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice, check_dtype, check_number, check_positive, check_width
 from memzoo.layers.graph_memory_kept import KeptTables, can_be_marked
-from memzoo.layers.graph_memory_losses import all_weights, default_entropy_floor, graph_losses
+from memzoo.layers.graph_memory_losses import all_weights, default_entropy_floor, report_losses
 from memzoo.layers.graph_memory_signals import report_signals
 from memzoo.layers.graph_memory_slots import (
     Slots,
@@ -26,7 +26,7 @@ from memzoo.layers.graph_memory_slots import (
 )
 from memzoo.layers.mixer import check_grid
 from memzoo.layers.ops.graph_memory import EdgeMode, GraphRouting, GraphTables, graph_tables, movement, route
-from memzoo.layers.ops.precision import no_autocast, wider
+from memzoo.layers.ops.precision import kept_wide, no_autocast, wide_layer_norm, wider
 from memzoo.layers.registry import register_layer
 from memzoo.layers.trace import Trace
 
@@ -213,7 +213,7 @@ class GraphMemoryCell(nn.Module):
         tables = self.tables()
         routing = self._route(x, tables)
         moved = movement(routing, tables)
-        y = self._norm(self.movement_norm, moved, torch.sigmoid(wider(self.gate))).to(x.dtype)
+        y = wide_layer_norm(self.movement_norm, moved, torch.sigmoid(wider(self.gate))).to(x.dtype)
         if trace is not None or self.write_back == "reference":
             stream = (x if residual is None else residual).detach() + y.detach()
             if self.write_back == "reference":  # before the losses, as there
@@ -247,7 +247,7 @@ class GraphMemoryCell(nn.Module):
         return kept.tables
 
     def _tables(self) -> GraphTables:
-        centroids = self._norm(self.centroid_norm, self.centroids)
+        centroids = wide_layer_norm(self.centroid_norm, self.centroids)
         return graph_tables(centroids, self.edges, self.query.weight, self.key.weight)
 
     def _route(self, x: Tensor, tables: GraphTables) -> GraphRouting:
@@ -260,21 +260,14 @@ class GraphMemoryCell(nn.Module):
             hops=self.hops,
         )
 
-    def _norm(self, norm: nn.LayerNorm, x: Tensor, gain: Tensor | None = None) -> Tensor:
-        """Apply a LayerNorm, times ``gain``, in at least float32."""
-        wide = wider(x)
-        weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
-        if gain is not None:  # of d numbers, not of all tokens
-            weight, bias = gain * weight, gain * bias
-        return F.layer_norm(wide, (self.dim,), weight, bias, norm.eps)
-
     def _momentum(self) -> Tensor:
         return torch.sigmoid(wider(self.momentum)).squeeze(0)
 
     def _report_losses(
         self, trace: Trace, tables: GraphTables, routing: GraphRouting, stream: Tensor, mask: Tensor | None
     ) -> None:
-        losses = graph_losses(
+        report_losses(
+            trace,
             self.loss_weights,
             tables,
             routing,
@@ -285,8 +278,6 @@ class GraphMemoryCell(nn.Module):
             entropy_floor=self.edge_entropy_floor,
             usage_target=self.usage_target,
         )
-        for name, loss in losses.items():
-            trace.pool(name, (loss,), _mean_of_cells)
 
     def _report_statistics(self, trace: Trace, source: Tensor, x: Tensor, stream: Tensor, mask: Tensor | None) -> None:
         mass, tokens = source_mass(source, mask)
@@ -362,15 +353,8 @@ class GraphMemoryCell(nn.Module):
         Raises:
             ValueError: ``states`` has another shape.
         """
-        if states.dim() != 2 or states.shape[1] != self.dim or not len(states):
-            raise ValueError(f"states has shape {tuple(states.shape)}; it must be (count >= 1, {self.dim})")
-        centroids, usage, age, tokens = (part.cpu().clone() for part in (self.centroids, self.usage, self.age, states))
-        tokens = tokens[tokens.isfinite().all(-1) & tokens.any(-1)].unique(dim=0)
-        if not len(tokens):
-            return {"reset": 0, "merged": 0}
-        slots = Slots(centroids, usage, age, tokens, generator)
-        reset = slots.reset_dead(self.dead_usage)
-        merged = slots.merge_similar(self.merge_cosine, self.merge_age)
+        slots = Slots.of(self.centroids, self.usage, self.age, states, generator)
+        reset, merged = slots.maintain(self.dead_usage, self.merge_cosine, self.merge_age)
         if reset or merged:
             self.centroids.copy_(slots.centroids)
             self.usage.copy_(slots.usage)
@@ -398,7 +382,7 @@ class GraphMemoryCell(nn.Module):
         self._kept, before = None, (self.usage, self.temperature)
         applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # In half precision a running mean that moves by a hundredth would stand still.
-        self.usage, self.temperature = map(_at_least_float32, before, (self.usage, self.temperature))
+        self.usage, self.temperature = map(kept_wide, before, (self.usage, self.temperature))
         return applied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -408,16 +392,6 @@ class GraphMemoryCell(nn.Module):
     def extra_repr(self) -> str:
         """Slots, edge mode and write-back."""
         return f"{self.dim}, num_slots={self.num_slots}, edge_mode={self.edge_mode!r}, write_back={self.write_back!r}"
-
-
-def _at_least_float32(before: Tensor, after: Tensor) -> Tensor:
-    """Return a buffer as a module's move to another device or dtype leaves it, without having rounded it to half."""
-    wide = wider(after)
-    return wide if wide.dtype == after.dtype or before.is_meta else before.to(wide)
-
-
-def _mean_of_cells(losses: Tensor) -> Tensor:
-    return losses.mean()
 
 
 @register_layer("graph_memory_cell", "channel")

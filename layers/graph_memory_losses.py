@@ -22,6 +22,7 @@ from memzoo.layers.errors import check_choice, check_number
 from memzoo.layers.graph_memory_measures import effective_number, off_diagonal_cosines, row_entropy
 from memzoo.layers.graph_memory_slots import source_mass
 from memzoo.layers.ops.graph_memory import GraphRouting, GraphTables
+from memzoo.layers.trace import Trace
 
 LOSS_WEIGHTS: Mapping[str, float] = {"track": 1.0, "ortho": 0.05, "cluster": 0.3, "edge": 0.1, "contrast": 0.5}
 
@@ -41,6 +42,35 @@ def all_weights(chosen: Mapping[str, float] | None) -> dict[str, float]:
 def default_entropy_floor(num_slots: int) -> float:
     """Return the floor of a row's entropy: the official 4 nats of 128 slots, as large a part of ln(S - 1) of others."""
     return 4.0 * log(num_slots - 1) / log(127)
+
+
+def report_losses(
+    trace: Trace,
+    weights: Mapping[str, float],
+    tables: GraphTables,
+    routing: GraphRouting,
+    *,
+    centroids: Tensor,
+    stream: Tensor,
+    mask: Tensor | None,
+    momentum: Tensor,
+    entropy_floor: float,
+    usage_target: float,
+) -> None:
+    """Report the losses of one cell; arguments are those of ``graph_losses``. A model's are the means of its cells."""
+    losses = graph_losses(
+        weights,
+        tables,
+        routing,
+        centroids=centroids,
+        stream=stream,
+        mask=mask,
+        momentum=momentum,
+        entropy_floor=entropy_floor,
+        usage_target=usage_target,
+    )
+    for name, loss in losses.items():
+        trace.pool(name, (loss,), _mean_of_cells)
 
 
 def graph_losses(
@@ -94,3 +124,7 @@ def cluster(source: Tensor, mask: Tensor | None, usage_target: float) -> Tensor:
     mass, tokens = source_mass(source, mask)
     in_use = effective_number(torch.where(tokens > 0, mass, torch.ones_like(mass)))
     return (usage_target / in_use.clamp_min(1) - 1).clamp_min(0) * (tokens > 0)
+
+
+def _mean_of_cells(losses: Tensor) -> Tensor:
+    return losses.mean()

@@ -5,6 +5,7 @@ arXiv 2604.23862, official code: ``write_back``, ``reset_dead_centroids``, ``mer
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -112,6 +113,26 @@ class Slots:
     age: Tensor
     states: Tensor
     generator: torch.Generator
+
+    @classmethod
+    def of(cls, centroids: Tensor, usage: Tensor, age: Tensor, states: Tensor, generator: torch.Generator) -> Self:
+        """Copy a cell's slots. Tokens that have no direction, zero or not finite, are left out.
+
+        Raises:
+            ValueError: ``states`` has another shape.
+        """
+        dim = centroids.shape[1]
+        if states.dim() != 2 or states.shape[1] != dim or not len(states):
+            raise ValueError(f"states has shape {tuple(states.shape)}; it must be (count >= 1, {dim})")
+        centroids, usage, age, tokens = (part.cpu().clone() for part in (centroids, usage, age, states))
+        tokens = tokens[tokens.isfinite().all(-1) & tokens.any(-1)].unique(dim=0)
+        return cls(centroids, usage, age, tokens, generator)
+
+    def maintain(self, dead_usage: float, merge_cosine: float, merge_age: int) -> tuple[int, int]:
+        """Do as ``reset_dead``, then as ``merge_similar``, and return how many each has seeded; none without tokens."""
+        if not len(self.states):
+            return 0, 0
+        return self.reset_dead(dead_usage), self.merge_similar(merge_cosine, merge_age)
 
     def reset_dead(self, threshold: float) -> int:
         """Seed every slot that is used less than ``threshold`` with a token's direction, and return how many.

@@ -17,7 +17,7 @@ from memzoo.layers.banks import editing
 from memzoo.layers.banks.disk import DiskStorage
 from memzoo.layers.banks.layout import BankLayout, Node
 from memzoo.layers.banks.reader import BankReader, CacheBytes, check_budgets
-from memzoo.layers.banks.storage import BlockStorage, Mark, NotWrittenError, RamStorage
+from memzoo.layers.banks.storage import BlockStorage, Mark, NotWrittenError, RamStorage, check_tree
 from memzoo.layers.cluster_tree import ClusterTree
 
 CACHE_BYTES = 2**30
@@ -52,7 +52,7 @@ class MemoryBank(BankReader):
     """
 
     def __init__(self, storage: BlockStorage, *, cache_bytes: CacheBytes = CACHE_BYTES, copy_bytes: int = 0) -> None:
-        _check_tree(storage.tree, storage.layout)
+        check_tree(storage.tree, storage.layout)
         super().__init__(storage, cache_bytes=cache_bytes, copy_bytes=copy_bytes)
 
     @classmethod
@@ -81,7 +81,7 @@ class MemoryBank(BankReader):
         Raises:
             ValueError: The tree is not that of the layout, a budget is negative, or there is something at ``path``.
         """
-        _check_tree(tree, layout)
+        check_tree(tree, layout)
         check_budgets(layout, cache_bytes, copy_bytes)
         if path is None:
             storage: BlockStorage = RamStorage(layout, tree, seed=seed, device=device)
@@ -394,11 +394,3 @@ class MemoryBank(BankReader):
                 f"blocks[{tuple(where)}] is not finite in {self.layout.dtype}; lower the learning rate, or leave it out"
             )
         return cast
-
-
-def _check_tree(tree: ClusterTree, layout: BankLayout) -> None:
-    if (tree.branching, tree.depth) != (layout.branching, layout.depth):
-        raise ValueError(
-            f"tree has {tree.depth} levels of branching={tree.branching}, the layout rows={layout.rows} and "
-            f"branching={layout.branching}; give rows for every level of the tree, and its branching"
-        )

@@ -18,7 +18,7 @@ from memzoo.layers.mixer import SequenceMixer, counters
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.precision import no_autocast, wider
 from memzoo.layers.registry import register_layer
-from memzoo.layers.routing import Buckets
+from memzoo.layers.routing import Buckets, rows_of
 from memzoo.layers.short_conv import ShortConv, ShortConvState
 from memzoo.layers.state import MixerState
 from memzoo.layers.trace import Trace
@@ -215,7 +215,7 @@ class MixtureOfMemories(SequenceMixer):
             convolved, tail = self.conv(x, tail, lengths=lengths, cu_seqlens=cu_seqlens)
             tails = tail.tail[:, None]
 
-        row_of = _rows_of(x, rows, cu_seqlens)
+        row_of = rows_of(x, rows, cu_seqlens)
         position = positions(x, before, cu_seqlens).flatten()
         tokens, real = convolved.flatten(0, 1), None
         if lengths is not None:  # only tokens that exist are routed
@@ -382,14 +382,6 @@ class MixtureOfMemories(SequenceMixer):
             f"num_memories={self.num_memories}, top_k={self.top_k}, shared={self.shared}, rule={self.rule_name!r}, "
             f"renormalize={self.renormalize}, conv={self.conv_place!r}, balance={self.balance!r}"
         )
-
-
-def _rows_of(x: Tensor, rows: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Return the row of every token of ``x``, (batch * time,)."""
-    row = torch.arange(rows, device=x.device)
-    if cu_seqlens is None:
-        return row.repeat_interleave(x.shape[1])
-    return row.repeat_interleave(cu_seqlens.diff(), output_size=x.shape[1])
 
 
 def _replace(old: Tensor, where: Tensor, new: Tensor, donate: bool) -> Tensor:

@@ -6,30 +6,31 @@ decay (forgetting), at train and test time alike. Outer training differentiates 
 """
 
 import itertools
-import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memzoo.layers.errors import check_choice, check_divisible, check_positive
 from memzoo.layers.heads import resolve_heads
 from memzoo.layers.mixer import SequenceMixer, counters
 from memzoo.layers.neural_memory_parts import (
     Gates,
     NeuralMemoryState,
+    check_options,
     delay,
+    hidden_width,
+    is_online,
     join_columns,
     part_columns,
     unit,
+    where_read,
 )
 from memzoo.layers.norm import RMSNorm
-from memzoo.layers.ops.activations import ACTIVATIONS
 from memzoo.layers.ops.memory_arguments import Weights, any_row
 from memzoo.layers.ops.neural_memory import neural_memory_scan
-from memzoo.layers.ops.neural_memory_norm import normalise
 from memzoo.layers.ops.neural_memory_online import neural_memory_online_scan
+from memzoo.layers.ops.neural_memory_recall import recall
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.registry import register_layer
 from memzoo.layers.short_conv import ShortConv, ShortConvState
@@ -132,66 +133,32 @@ class NeuralMemory(SequenceMixer):
         super().__init__(dim)
         num_heads, head_dim = resolve_heads(dim, num_heads, head_dim)
         inner = num_heads * head_dim
-        check_positive("memory_depth", memory_depth)
-        check_positive("chunk_size", chunk_size)
-        if conv_width is not None:
-            check_positive("conv_width", conv_width, "it counts the current token; use None for no convolution")
-        check_choice("activation", activation, ACTIVATIONS)
-        check_choice("read", read, ("post", "pre"))
-        check_choice("backend", backend, ("auto", "torch"))
-        for name, value in (
-            ("max_learning_rate", max_learning_rate),
-            ("loss_scale", loss_scale),
-            ("max_gradient_norm", max_gradient_norm),
-            ("memory_expansion", memory_expansion),
-        ):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} is not positive and finite; use a finite value above 0")
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.chunk_size = chunk_size
-        self.activation = activation
-        self.momentum = momentum
-        self.forgetting = forgetting
+        check_options(
+            head_dim=head_dim,
+            memory_depth=memory_depth,
+            memory_expansion=memory_expansion,
+            chunk_size=chunk_size,
+            activation=activation,
+            conv_width=conv_width,
+            max_learning_rate=max_learning_rate,
+            loss_scale=loss_scale,
+            read=read,
+            max_gradient_norm=max_gradient_norm,
+            residual_norm=residual_norm,
+            gate_groups=gate_groups,
+            implicit_step=implicit_step,
+            checkpoint_chunks=checkpoint_chunks,
+            backend=backend,
+        )
+        self.num_heads, self.head_dim, self.gate_groups = num_heads, head_dim, gate_groups
+        self.chunk_size, self.activation, self.read = chunk_size, activation, read
+        self.momentum, self.forgetting, self.decay_to_init = momentum, forgetting, decay_to_init
         self.max_learning_rate = chunk_size**-0.5 if max_learning_rate is None else max_learning_rate
-        self.loss_scale = loss_scale
-        self.read = read
-        self.decay_to_init = decay_to_init
-        self.max_gradient_norm = max_gradient_norm
-        self.backend = backend
-
-        self.gate_groups = gate_groups
-        self.lookahead_values = lookahead_values
-        self.implicit_step = implicit_step
-        self.checkpoint_chunks = checkpoint_chunks
-        if checkpoint_chunks is not None:
-            check_positive("checkpoint_chunks", checkpoint_chunks, "use None to keep everything")
-        check_positive("gate_groups", gate_groups, "1 is one gate a head")
-        check_divisible("head_dim", head_dim, "gate_groups", gate_groups)
-        if gate_groups > 1 and (memory_depth > 1 or residual_norm):
-            raise ValueError(
-                f"gate_groups={gate_groups} needs a memory whose columns learn apart; use memory_depth=1 and "
-                f"residual_norm=False"
-            )
-        # The same function as the chunk form, by one triangular solve for many tokens.
-        self.is_online = chunk_size == memory_depth == 1 and max_gradient_norm is None and not residual_norm
-        if self.is_online and checkpoint_chunks is not None:
-            raise ValueError(
-                f"checkpoint_chunks={checkpoint_chunks} is for the chunk form; a linear memory with chunk_size=1 is "
-                f"solved in blocks and keeps little as it is: use None"
-            )
-        if implicit_step and (chunk_size, memory_depth, residual_norm) != (1, 1, False):
-            raise ValueError(
-                "implicit_step=True has a closed form for a linear memory written token by token only; use "
-                "memory_depth=1, chunk_size=1 and residual_norm=False"
-            )
-
-        hidden = round(memory_expansion * self.head_dim)
-        if hidden < 1:
-            raise ValueError(
-                f"memory_expansion={memory_expansion} leaves no hidden unit of a head of {self.head_dim}; use more"
-            )
-        widths = [self.head_dim, *[hidden] * (memory_depth - 1), self.head_dim]
+        self.loss_scale, self.max_gradient_norm = loss_scale, max_gradient_norm
+        self.lookahead_values, self.implicit_step = lookahead_values, implicit_step
+        self.checkpoint_chunks, self.backend = checkpoint_chunks, backend
+        self.is_online = is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm)
+        widths = [head_dim, *[hidden_width(head_dim, memory_expansion)] * (memory_depth - 1), head_dim]
         self.query_key_value = nn.Linear(dim, 3 * inner, bias=False)
         self.conv = ShortConv(3 * inner, width=conv_width, activation="silu") if conv_width is not None else None
         self.num_gates = num_heads * gate_groups
@@ -227,8 +194,7 @@ class NeuralMemory(SequenceMixer):
     ) -> NeuralMemoryState:
         """Return the state of fresh rows: zeros, which ``mix`` reads as the learned initial weights."""
         like = self.initial_weights[0]
-        device = like.device if device is None else torch.device(device)
-        dtype = like.dtype if dtype is None else dtype
+        device, dtype = device or like.device, dtype or like.dtype
         counts = torch.zeros(batch_size, dtype=torch.long, device=device)
         kept = torch.promote_types(dtype, torch.float32)
 
@@ -318,7 +284,6 @@ class NeuralMemory(SequenceMixer):
             y, weights, momentum = neural_memory_online_scan(q, k, v, *gates, weights, momentum, **options)
             base = weights
         else:
-            norm = None if self.norm_gain is None or self.norm_bias is None else (self.norm_gain, self.norm_bias)
             known = position or 0  # of fresh rows, or as the caller says
             y, weights, momentum, base = neural_memory_scan(
                 q,
@@ -332,15 +297,12 @@ class NeuralMemory(SequenceMixer):
                 position=known if state is None or position is not None else state.position,
                 base=None if state is None else part_columns(state.base, groups),
                 max_gradient_norm=self.max_gradient_norm,
-                norm=norm,
+                norm=self._norm,
                 checkpoint_chunks=self.checkpoint_chunks,
                 **options,
             )
             if position is not None and lengths is not None and state is not None:  # rows may have stopped elsewhere
-                moved = (lengths > 0).view(-1, 1, 1, 1)
-                base = tuple(
-                    torch.where(moved, b, old) for b, old in zip(base, part_columns(state.base, groups), strict=True)
-                )
+                base = where_read(lengths, base, part_columns(state.base, groups))
         if groups > 1:
             y = y.unflatten(2, (-1, groups)).flatten(3)
             weights, momentum, base = (join_columns(part, groups) for part in (weights, momentum, base))
@@ -387,16 +349,7 @@ class NeuralMemory(SequenceMixer):
 
         Computed in at least float32, like the memory that is written.
         """
-        value = ACTIVATIONS[self.activation].value
-        with no_autocast(q.device):
-            y = q.transpose(1, 2).to(torch.promote_types(q.dtype, weights[0].dtype))
-            asked = y
-            for i, w in enumerate(weights):
-                y = (value(y) if i else y) @ w
-            if self.norm_gain is not None and self.norm_bias is not None:
-                normal, _ = normalise(y)
-                y = asked + normal * self.norm_gain[:, None] + self.norm_bias[:, None]
-        return y.transpose(1, 2)
+        return recall(q, weights, self.activation, self._norm)
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
         """Turn what the heads read for the tokens ``x`` into (batch, time, dim): norm, gate, projection."""
@@ -407,6 +360,10 @@ class NeuralMemory(SequenceMixer):
             y = y * F.silu(self.output_gate(x))
         projected: Tensor = self.out(y)
         return projected
+
+    @property
+    def _norm(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.norm_gain is None or self.norm_bias is None else (self.norm_gain, self.norm_bias)
 
     def _initial(self, batch_size: int) -> Weights:
         return tuple(w.expand(batch_size, *w.shape) for w in self.initial_weights)

@@ -1,11 +1,14 @@
-"""Parts of the NeuralMemory layer: its state, and how it shapes what it stores."""
+"""Parts of the NeuralMemory layer: its state, how it shapes what it stores, and checks of its options."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memzoo.layers.errors import check_choice, check_divisible, check_positive
+from memzoo.layers.ops.activations import ACTIVATIONS
 from memzoo.layers.ops.memory_arguments import Weights
 from memzoo.layers.short_conv import ShortConvState
 from memzoo.layers.state import MixerState
@@ -49,6 +52,82 @@ class NeuralMemoryState(MixerState):
             )
 
 
+def is_online(chunk_size: int, memory_depth: int, max_gradient_norm: float | None, residual_norm: bool) -> bool:
+    """Whether one triangular solve for many tokens does what the chunk form would do token by token."""
+    return chunk_size == memory_depth == 1 and max_gradient_norm is None and not residual_norm
+
+
+def hidden_width(head_dim: int, memory_expansion: float) -> int:
+    """Return the width of the hidden layers of a head's memory.
+
+    Raises:
+        ValueError: No unit is left.
+    """
+    hidden = round(memory_expansion * head_dim)
+    if hidden < 1:
+        raise ValueError(f"memory_expansion={memory_expansion} leaves no hidden unit of a head of {head_dim}; use more")
+    return hidden
+
+
+def check_options(
+    *,
+    head_dim: int,
+    memory_depth: int,
+    memory_expansion: float,
+    chunk_size: int,
+    activation: str,
+    conv_width: int | None,
+    max_learning_rate: float | None,
+    loss_scale: float,
+    read: str,
+    max_gradient_norm: float | None,
+    residual_norm: bool,
+    gate_groups: int,
+    implicit_step: bool,
+    checkpoint_chunks: int | None,
+    backend: str,
+) -> None:
+    """Require options in their ranges that make sense together.
+
+    Raises:
+        ValueError: One does not.
+    """
+    check_positive("memory_depth", memory_depth)
+    check_positive("chunk_size", chunk_size)
+    if conv_width is not None:
+        check_positive("conv_width", conv_width, "it counts the current token; use None for no convolution")
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("read", read, ("post", "pre"))
+    check_choice("backend", backend, ("auto", "torch"))
+    for name, value in (
+        ("max_learning_rate", max_learning_rate),
+        ("loss_scale", loss_scale),
+        ("max_gradient_norm", max_gradient_norm),
+        ("memory_expansion", memory_expansion),
+    ):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} is not positive and finite; use a finite value above 0")
+    if checkpoint_chunks is not None:
+        check_positive("checkpoint_chunks", checkpoint_chunks, "use None to keep everything")
+    check_positive("gate_groups", gate_groups, "1 is one gate a head")
+    check_divisible("head_dim", head_dim, "gate_groups", gate_groups)
+    if gate_groups > 1 and (memory_depth > 1 or residual_norm):
+        raise ValueError(
+            f"gate_groups={gate_groups} needs a memory whose columns learn apart; use memory_depth=1 and "
+            f"residual_norm=False"
+        )
+    if is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm) and checkpoint_chunks is not None:
+        raise ValueError(
+            f"checkpoint_chunks={checkpoint_chunks} is for the chunk form; a linear memory with chunk_size=1 is "
+            f"solved in blocks and keeps little as it is: use None"
+        )
+    if implicit_step and (chunk_size, memory_depth, residual_norm) != (1, 1, False):
+        raise ValueError(
+            "implicit_step=True has a closed form for a linear memory written token by token only; use "
+            "memory_depth=1, chunk_size=1 and residual_norm=False"
+        )
+
+
 def part_columns(weights: Weights, groups: int) -> Weights:
     """Part the columns of every head's matrix: (batch, heads, d, width) -> (batch, heads * groups, d, ...)."""
     return tuple(w.unflatten(3, (groups, -1)).transpose(2, 3).flatten(1, 2) for w in weights)
@@ -57,6 +136,12 @@ def part_columns(weights: Weights, groups: int) -> Weights:
 def join_columns(weights: Weights, groups: int) -> Weights:
     """Undo ``part_columns``."""
     return tuple(w.unflatten(1, (-1, groups)).transpose(2, 3).flatten(3) for w in weights)
+
+
+def where_read(lengths: Tensor, new: Weights, old: Weights) -> Weights:
+    """Return what a call made, in rows that have read any token, and what was there before in others."""
+    moved = (lengths > 0).view(-1, 1, 1, 1)
+    return tuple(torch.where(moved, a, b) for a, b in zip(new, old, strict=True))
 
 
 def delay(k: Tensor, last: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,15 @@ class Ragged:
         inside = torch.arange(self.index.shape[1], device=x.device) < self.lengths[:, None]
         return out.masked_fill(~_like(inside, out), 0)
 
+    def last_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the last token of every batch row, (batch, 1, ...), and which have none, (batch, 1, 1) bool.
+
+        Args:
+            x: (rows, length, ...), rows that are padded.
+        """
+        lengths = self.lengths[self.last]
+        return x[self.last, (lengths - 1).clamp_min(0)][:, None], (lengths == 0)[:, None, None]
+
     def scatter(self, y: Tensor) -> Tensor:
         """(rows, length, ...) -> (batch, time, ...), zeros at masked tokens."""
         out = y.flatten(0, 1)[self.inverse]

@@ -67,3 +67,14 @@ class Rotary(nn.Module):
     def extra_repr(self) -> str:
         """Width and base."""
         return f"{self.head_dim}, base={self.base}"
+
+
+def positions_from(first: Tensor | None, x: Tensor) -> Tensor:
+    """Return the positions of the tokens of ``x`` (batch, time, ...): (time,), or (batch, time) behind ``first``.
+
+    Args:
+        first: (batch,) position of every row's first token; None for 0.
+        x: The tokens.
+    """
+    positions = torch.arange(x.shape[1], device=x.device)
+    return positions if first is None else first[:, None] + positions

@@ -76,3 +76,17 @@ class _Copies(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         d_x = d_y.index_select(0, inverse)
         return d_x if ctx.k == 1 else d_x.unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+
+
+def rows_of(x: Tensor, rows: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the row of every token of ``x``, (batch * time,).
+
+    Args:
+        x: (batch, time, dim).
+        rows: Their number.
+        cu_seqlens: (rows + 1,) borders of rows that lie end to end; None if every row is one of ``x``.
+    """
+    row = torch.arange(rows, device=x.device)
+    if cu_seqlens is None:
+        return row.repeat_interleave(x.shape[1])
+    return row.repeat_interleave(cu_seqlens.diff(), output_size=x.shape[1])

@@ -11,16 +11,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from memzoo.layers.errors import check_choice, check_number
+from memzoo.layers.errors import check_choice, check_count, check_number
 from memzoo.layers.registry import layer_entry, list_layers
 from memzoo.layers.side_memory import SideMemory
 from memzoo.lit_modules.causal_lm import CausalLMModule, data_module
+from memzoo.lit_modules.memory_learner import MemoryLearner
 from memzoo.lit_modules.metrics import SUM_DTYPE
 from memzoo.lit_modules.objective import NextTokens
-from memzoo.lit_modules.schedule import make_scheduler
 from memzoo.lit_modules.stream import Chunk, ChunkScore
-
-EPS = 1e-7  # of AdamW
 
 
 class TestTimeTrainingModule(CausalLMModule):
@@ -121,16 +119,17 @@ class TestTimeTrainingModule(CausalLMModule):
             raise ValueError(f"memory_betas={memory_betas} are not two numbers from 0 to below 1; use (0.9, 0.999)")
         if memory_max_gradient_norm is not None:
             check_number("memory_max_gradient_norm", memory_max_gradient_norm)
-        _check_count("memory_warmup_steps", memory_warmup_steps)
-        _check_count("steps_per_chunk", steps_per_chunk)
-        _check_count("reuse_state", reuse_state)
+        check_count("memory_warmup_steps", memory_warmup_steps)
+        check_count("steps_per_chunk", steps_per_chunk)
+        check_count("reuse_state", reuse_state)
         super().__init__(model, overrides, **options)
         if memory is not None:
             self._check_memory(self._attach())  # refuses now what a test would only refuse with its data at hand
         self.stream: list[ChunkScore] = []
         self.held_out_before: float | None = None
         self.held_out_after: dict[int, float] = {}
-        self._learner: _Learner | None = None  # while a test runs; no submodule, so that no checkpoint holds a memory
+        # While a test runs; no submodule, so that no checkpoint holds a memory.
+        self._learner: MemoryLearner | None = None
         self._state: Any = None  # behind the chunk before
         self._sums = torch.zeros(5, dtype=SUM_DTYPE)
 
@@ -181,7 +180,7 @@ class TestTimeTrainingModule(CausalLMModule):
 
     def _read_and_learn(self, chunk: Chunk) -> Tensor:
         """Return the sum of the losses with the memory as it is, and update it."""
-        learner, steps = cast(_Learner, self._learner), self.hparams["steps_per_chunk"]
+        learner, steps = cast(MemoryLearner, self._learner), self.hparams["steps_per_chunk"]
         with torch.set_grad_enabled(steps > 0):
             pieces, losses, state = self._read(chunk)
         score = _sum(pieces, losses)
@@ -306,7 +305,7 @@ class TestTimeTrainingModule(CausalLMModule):
             return
         if self.hparams["retention"]:
             self.held_out_before = self._held_out_loss()
-        self._learner = _Learner(self._attach(), self.hparams)
+        self._learner = MemoryLearner(self._attach(), self.hparams)
 
     def on_test_end(self) -> None:
         """Detach it."""
@@ -385,48 +384,5 @@ class DetachMemory(Callback):
             pl_module.detach_memory()
 
 
-class _Learner:
-    """A memory and what trains it along one document.
-
-    Args:
-        memory: Attached.
-        chosen: Hyper-parameters of the module.
-    """
-
-    def __init__(self, memory: SideMemory, chosen: Mapping[str, Any]) -> None:
-        self.memory = memory.eval()
-        self._chosen = chosen
-
-    def start(self) -> None:
-        """Forget the document before."""
-        chosen = self._chosen
-        self.memory.reset()
-        self._optimizer = torch.optim.AdamW(
-            self.memory.parameters(),
-            lr=chosen["memory_learning_rate"],
-            betas=tuple(chosen["memory_betas"]),
-            eps=EPS,
-            weight_decay=chosen["memory_weight_decay"],
-        )
-        warmup = chosen["memory_warmup_steps"]
-        self._schedule = make_scheduler(self._optimizer, "constant", warmup_steps=warmup, max_steps=1)
-
-    def step(self, loss: Tensor) -> None:
-        """Update the memory by the gradient of a loss."""
-        loss.backward()
-        limit = self._chosen["memory_max_gradient_norm"]
-        if limit is not None:
-            nn.utils.clip_grad_norm_(self.memory.parameters(), limit)
-        self._optimizer.step()
-        self._schedule.step()
-        self._optimizer.zero_grad()
-        self.memory.constrain()
-
-
 def _sum(pieces: NextTokens, losses: Tensor) -> Tensor:
     return losses.detach().to(SUM_DTYPE).masked_fill(~pieces.counted, 0).sum()
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}={value!r} is not a whole number >= 0; use one")

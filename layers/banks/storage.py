@@ -64,6 +64,19 @@ class BlockStorage(Protocol):
         """Let go of files."""
 
 
+def check_tree(tree: ClusterTree, layout: BankLayout) -> None:
+    """Require a tree with a level for each of the layout's, and as many children of a node.
+
+    Raises:
+        ValueError: It has others.
+    """
+    if (tree.branching, tree.depth) != (layout.branching, layout.depth):
+        raise ValueError(
+            f"tree has {tree.depth} levels of branching={tree.branching}, the layout rows={layout.rows} and "
+            f"branching={layout.branching}; give rows for every level of the tree, and its branching"
+        )
+
+
 class RamStorage:
     """Blocks in memory, of those nodes that were ever written.
 

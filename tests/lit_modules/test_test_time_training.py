@@ -7,8 +7,8 @@ from torch import nn
 from memzoo.arch import create_model
 from memzoo.arch.hugging_face import HuggingFaceLM
 from memzoo.layers.reference.locas import stream as reference_stream
+from memzoo.lit_modules.memory_learner import EPS, MemoryLearner
 from memzoo.lit_modules.objective import NextTokens
-from memzoo.lit_modules.test_time_training import EPS, _Learner
 from tests.lit_modules.stream_cases import (
     CHUNK,
     LowRank,
@@ -59,14 +59,14 @@ def test_every_token_but_the_first_is_scored_once():
 def test_16_the_score_of_a_chunk_comes_before_every_step_with_it_or_later_ones(monkeypatch, last):
     whole = module()
     streamed(whole)
-    step, taken = _Learner.step, []
+    step, taken = MemoryLearner.step, []
 
     def steps_up_to_last(self, loss):
         taken.append(loss)
         if len(taken) <= last:
             step(self, loss)
 
-    monkeypatch.setattr(_Learner, "step", steps_up_to_last)
+    monkeypatch.setattr(MemoryLearner, "step", steps_up_to_last)
     cut = module()
     streamed(cut)
     learnt = last + 2  # the first chunk takes no step: this many are scored before the first step that is left out
