@@ -1,9 +1,6 @@
 """HuggingFaceLM: transformers' own logits behind the call of the models here."""
 
 import copy
-import json
-import socket
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,42 +12,18 @@ from torch import Tensor
 from memzoo.arch import HuggingFaceLM, HuggingFaceState, generate
 from memzoo.lit_modules import CausalLMModule
 from memzoo.lit_modules.cli import main
+from tests.arch.hugging_face_cases import (
+    KINDS,
+    VOCABULARY,
+    WIDTHS,
+    WINDOW,
+    original,
+    saved,
+    text,
+    transformers,
+)
 
-transformers = pytest.importorskip("transformers")
-
-VOCABULARY = 64
-WIDTHS = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 WIDTHS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64}
-WINDOW = 5
-KINDS = ("llama", "gpt2", "qwen3", "mistral", "gemma3")
-
-
-def config_of(kind: str):
-    if kind == "llama":
-        return transformers.LlamaConfig(**WIDTHS)
-    if kind == "gpt2":
-        return transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, n_positions=64)
-    if kind == "qwen3":
-        return transformers.Qwen3Config(**WIDTHS)
-    if kind == "mistral":
-        return transformers.MistralConfig(**WIDTHS, sliding_window=WINDOW)
-    layers = ["sliding_attention", "full_attention"]
-    return transformers.Gemma3TextConfig(**WIDTHS, sliding_window=WINDOW, layer_types=layers)
-
-
-def original(kind: str, dtype: torch.dtype = torch.float64):
-    """Return a random model of transformers, in evaluation mode."""
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config_of(kind)).to(dtype).eval()
-
-
-def text(batch: int = 2, time: int = 17, seed: int = 0) -> Tensor:
-    return torch.randint(VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
-
-
-def saved(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-    original(kind, dtype).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(params=KINDS)
@@ -61,52 +34,6 @@ def kind(request) -> str:
 @pytest.fixture
 def model(kind) -> HuggingFaceLM:
     return HuggingFaceLM.of(original(kind))
-
-
-# Loading
-
-
-def test_a_folder_gives_the_logits_of_transformers_to_the_bit_without_a_network(kind, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("the network was asked")
-
-    folder = saved(tmp_path, kind)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    model, own = HuggingFaceLM(folder).eval(), original(kind, torch.float32)
-    with torch.no_grad():
-        assert torch.equal(model(text())[0], own(text()).logits)
-    assert model.vocab_size == VOCABULARY
-    assert model.num_parameters() == own.num_parameters()
-
-
-def test_names_are_those_of_transformers_after_model(kind):
-    own = original(kind)
-    model = HuggingFaceLM.of(own)
-    assert list(model.state_dict()) == [f"model.{name}" for name in own.state_dict()]
-    path = "model.transformer.h.0.mlp" if kind == "gpt2" else "model.model.layers.0.mlp"
-    assert model.get_submodule(path) is own.get_submodule(path.removeprefix("model."))
-
-
-@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float64", torch.float64)])
-def test_weights_come_in_the_dtype_that_was_asked_for(dtype, expected, tmp_path):
-    model = HuggingFaceLM(saved(tmp_path, dtype=torch.bfloat16), dtype=dtype, attention="eager")
-    assert {parameter.dtype for parameter in model.parameters()} == {expected}
-    assert model.model.config._attn_implementation == "eager"
-
-
-def test_a_loaded_model_is_in_training_mode_and_a_given_one_keeps_its_own(tmp_path):
-    assert all(module.training for module in HuggingFaceLM(saved(tmp_path)).modules())
-    assert not any(module.training for module in HuggingFaceLM.of(original("llama")).modules())
-
-
-def test_a_copy_is_another_model(model):
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        before = model(text())[0]
-        next(other.parameters()).zero_()
-        assert torch.equal(model(text())[0], before)
-        assert not torch.equal(other(text())[0], before)
 
 
 # The state
@@ -388,51 +315,3 @@ def test_positions_beyond_a_learned_table_are_refused_and_computed_ones_are_not(
     with pytest.raises(ValueError, match="a table of 64"):
         HuggingFaceLM.of(original("gpt2"))(text(1, 65))
     HuggingFaceLM.of(original("llama"))(text(1, 65))
-
-
-def test_a_folder_without_a_causal_model_is_refused_before_its_weights_are_read(tmp_path):
-    def refused(message: str, **config) -> None:
-        if config:
-            (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=message):
-            HuggingFaceLM(tmp_path)
-
-    with pytest.raises(ValueError, match=r"nowhere.* has no config.json"):
-        HuggingFaceLM(tmp_path / "nowhere")
-    refused("has no config.json")
-    (tmp_path / "model.safetensors").write_bytes(b"not read")
-    refused("holds no configuration that transformers", model_type="unheard_of")
-    refused("holds a T5ForConditionalGeneration", model_type="t5", architectures=["T5ForConditionalGeneration"])
-    refused("is an encoder-decoder", model_type="bart", architectures=["BartForCausalLM"], is_encoder_decoder=True)
-    refused("holds a BertForMaskedLM", model_type="bert", architectures=["BertForMaskedLM"])
-    refused("is an encoder", model_type="bert", architectures=["BertLMHeadModel"])
-    refused("holds a LlamaModel", model_type="llama", architectures=["LlamaModel"])
-    refused("holds a ViTForImageClassification", model_type="vit", architectures=["ViTForImageClassification"])
-    refused("carries LinearAttentionLayer", model_type="mamba", architectures=["MambaForCausalLM"])
-    refused("carries a state of its own", model_type="rwkv", architectures=["RwkvForCausalLM"])
-    refused("does not hold whole safetensors", model_type="llama", architectures=["LlamaForCausalLM"])
-    (tmp_path / "model.safetensors").unlink()
-    refused("has no .*safetensors", model_type="llama", architectures=["LlamaForCausalLM"])
-
-
-def test_missing_weights_are_refused(tmp_path):
-    original("llama", torch.float32).model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(ValueError, match=r"lacks 1 weights .*lm_head.weight"):
-        HuggingFaceLM(tmp_path)
-
-
-def test_other_models_are_refused():
-    with pytest.raises(ValueError, match="model is a Linear"):
-        HuggingFaceLM.of(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="model is a LlamaModel"):
-        HuggingFaceLM.of(original("llama").model)
-
-
-def test_without_transformers_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"pip install 'memzoo\[hf\]'"):
-        HuggingFaceLM(tmp_path)
-    with pytest.raises(ValueError, match="dtype='float8'"):
-        HuggingFaceLM(tmp_path, dtype="float8")

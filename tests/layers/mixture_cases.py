@@ -223,3 +223,6 @@ def mixture_of_fla(weights: dict[str, Tensor], *, top_k: int, shared: bool, eps:
         activation=F.silu,
         normalizer=False,
     )
+
+
+EXACT = 1e-12

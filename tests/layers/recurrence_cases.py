@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -146,3 +147,6 @@ class LargestTensor(TorchDispatchMode):
 def borders(lengths: list[int]) -> Tensor:
     """``cu_seqlens`` of segments of these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0)
+
+
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -82,3 +83,6 @@ def make_case(
 def tokens(case: Case, times: Any = slice(None), rows: Any = slice(None)) -> Case:
     """Cut the tokens; A, D and the state stay."""
     return {name: value[rows, times] if name in OF_TOKENS else value for name, value in case.items()}
+
+
+each_op = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)

@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,9 +14,11 @@ from memzoo.layers import AttachedMemories, FeedForward, SwiGLU
 from memzoo.layers.banks.fetched import Fetched
 from memzoo.layers.banks.layout import BankLayout
 from memzoo.layers.reference.memory_blocks import memory_feed_forward
+from tests.layers.attached_memories_cases import PATHS, Odd, Stack, fetch, inputs, layout_of, stack
 
-PATHS = torch.tensor([[0, 1], [1, 3], [0, 0]])
 SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "num_attention_heads": 2}
+
+
 HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("silu", SIZES | {"num_key_value_heads": 1}),
     "Qwen3": ("silu", SIZES | {"num_key_value_heads": 1, "head_dim": 8}),
@@ -25,45 +26,9 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma3": ("gelu_tanh", SIZES | {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4}),
     "GPT2": ("gelu_tanh", {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}),
 }
+
+
 CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
-
-
-class Stack(nn.Module):
-    """Feed-forwards one after the other, on a residual stream."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
-def stack() -> Stack:
-    torch.manual_seed(0)
-    return Stack(SwiGLU(8), SwiGLU(8), SwiGLU(8))
-
-
-def inputs(batch: int = 3, dim: int = 8) -> Tensor:
-    return torch.randn(batch, 5, dim, generator=torch.Generator().manual_seed(1))
-
-
-def fetch(layout: BankLayout, paths: Tensor = PATHS, *, std: float = 0.3, fresh: bool = False) -> Fetched:
-    """Blocks of normal numbers, or initial ones, in the layout's dtype."""
-
-    def block(node: Any) -> Tensor:
-        if fresh:
-            return layout.initial_block(node, seed=0).to(layout.dtype)
-        generator = torch.Generator().manual_seed(100 * node.level + node.node)
-        return (std * torch.randn(layout.block_shape(node.level), generator=generator)).to(layout.dtype)
-
-    return Fetched.of(layout, paths, block)
-
-
-def layout_of(memories: AttachedMemories, dtype: torch.dtype = torch.float32) -> BankLayout:
-    return memories.layout((4, 2), branching=2, dtype=dtype)
 
 
 def transformers_host(name: str) -> Any:
@@ -274,18 +239,6 @@ def test_a_copy_of_the_host_reads_what_the_host_does_and_nothing_once_they_are_d
     assert torch.equal(copied(x), plain)
 
 
-class Odd(nn.Module):
-    """A feed-forward that nobody recognises; called by keyword, it returns a tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 12)
-        self.outer = nn.Linear(12, 8)
-
-    def forward(self, *, hidden: Tensor) -> tuple[Tensor, str]:
-        return self.outer(self.inner(hidden).relu()), "more"
-
-
 def test_named_sites_may_be_anything_that_maps_the_stream_to_itself() -> None:
     torch.manual_seed(0)
     host = nn.ModuleDict({"b": Odd(), "a": Odd()})
@@ -349,58 +302,3 @@ def test_a_compiled_host_reads_them() -> None:
     with memories.reading(fetched):
         assert torch.equal(compiled(x), expected)
     assert torch.equal(compiled(x), plain)
-
-
-def other_layout(**changes: Any) -> Callable[[AttachedMemories], Any]:
-    sizes = {"num_layers": 3, "dim": 8, "rows": (4, 2), "branching": 2} | changes
-    return lambda memories: memories.reading(fetch(BankLayout(**sizes))).__enter__()
-
-
-REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
-    "layers": (other_layout(num_layers=2), "num_layers=2, this model needs num_layers=3; fetch from a bank of"),
-    "width": (other_layout(dim=16), "dim=16, this model needs dim=8"),
-    "gate": (other_layout(gated=False), "gated=False, this model needs gated=True"),
-    "activation": (other_layout(activation="relu"), "activation='relu', this model needs activation='silu'"),
-    "kind": (other_layout(kind="lora_ffn", hidden_dim=9), "kind='lora_ffn', this model needs kind='ffn'"),
-    "detached": (lambda memories: (memories.detach(), other_layout()(memories)), "were detached; use AttachedMemories"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_memories_that_do_not_fit_are_refused(case: str) -> None:
-    call, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
-        call(AttachedMemories.attach(stack()))
-
-
-def test_a_batch_of_another_size_is_refused() -> None:
-    host = stack()
-    memories = AttachedMemories.attach(host)
-    with memories.reading(fetch(layout_of(memories))), pytest.raises(ValueError, match=r"batch 2, .* batch_size=3"):
-        host(inputs(2))
-
-
-HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
-    "nothing": (lambda: AttachedMemories.attach(nn.Linear(2, 2)), r"model=Linear has no feed-forward .* sites="),
-    "no sites": (lambda: AttachedMemories.attach(stack(), sites=[]), r"sites=\[\] are not names"),
-    "unknown": (lambda: AttachedMemories.attach(stack(), sites=["layers.3"]), r"sites=\['layers.3'\] are not names"),
-    "twice": (lambda: AttachedMemories.attach(stack(), sites=["layers.0"] * 2), "each once"),
-    "unstated": (
-        lambda: AttachedMemories.attach(Stack(Odd()), sites=["layers.0"], dim=8, gated=False),
-        "activation=None is not known of site 'layers.0'; state it",
-    ),
-    "widths": (
-        lambda: AttachedMemories.attach(Stack(SwiGLU(8), SwiGLU(16))),
-        "'layers.0' has dim=8, 'layers.1' has dim=16",
-    ),
-    "kinds": (lambda: AttachedMemories.attach(Stack(SwiGLU(8), FeedForward(8))), "activation='silu', .*'gelu'"),
-    "dim": (lambda: AttachedMemories.attach(stack(), dim=0), "dim=0 is not a whole number"),
-    "activation": (lambda: AttachedMemories.attach(stack(), activation="sulu"), "did you mean 'silu'"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_a_host_that_does_not_fit_is_refused(case: str) -> None:
-    call, message = HOSTILE[case]
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -1,17 +1,13 @@
 import json
-import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from memzoo.lit_modules import CausalLMModule
@@ -19,13 +15,7 @@ from memzoo.lit_modules.data import BookChunks, BookStreamData, TextData
 from memzoo.lit_modules.data.corpus import NOT_SOURCES, find_longest_files, find_text_files
 from memzoo.lit_modules.data.shards import TokenCache
 from memzoo.lit_modules.objective import NOT_SCORED, NextTokens
-from tests.lit_modules.processes import run_two
-
-BOOKS = {
-    "ahab.txt": "Call me Ishmael. " * 5,
-    "bovary.txt": "Nous étions à l'étude. ",
-    "casmurro.txt": "Uma noite, " * 3,
-}
+from tests.lit_modules.book_stream_cases import BOOKS, on_devices, quiet, scored, small, streamed
 
 
 @pytest.fixture(autouse=True)
@@ -44,24 +34,6 @@ def folder(tmp_path: Path) -> Path:
     for name, text in BOOKS.items():
         (folder / "books" / name).write_text(text, encoding="utf-8")
     return folder
-
-
-def small(folder: Path, **options: Any) -> BookStreamData:
-    given = {"books": folder / "books", "sequence_length": 16, "batch_size": 4, "validation_fraction": 0.2}
-    return BookStreamData(folder, **given | {"chunk_length": 8, "window": 20} | options)
-
-
-def scored(batch: dict[str, Tensor]) -> list[int]:
-    pieces = NextTokens.of(batch)
-    return pieces.targets[pieces.counted].tolist()
-
-
-def streamed(loader: Any) -> dict[int, list[int]]:
-    """What is asked for, by book."""
-    books: dict[int, list[int]] = {}
-    for batch in loader:
-        books.setdefault(int(batch["document"]), []).extend(scored(batch))
-    return books
 
 
 def read(rows: Any) -> str:
@@ -322,37 +294,6 @@ def test_books_of_one_name_are_numbered(tmp_path: Path, cache: Path):
     assert data.book_names == ["book.txt (1)", "book.txt (2)"]
 
 
-def on_devices(data: BookStreamData, devices: int, rank: int) -> BookStreamData:
-    share = {"num_replicas": devices, "rank": rank}
-    data.setup()
-    data.trainer = SimpleNamespace(world_size=devices, distributed_sampler_kwargs=share)
-    return data
-
-
-def test_devices_stream_whole_books_in_turn(folder: Path):
-    whole = streamed(small(folder).test_dataloader())
-    for devices in (1, 2, 3):
-        for rank in range(devices):
-            data = on_devices(small(folder), devices, rank)
-            loader = data.test_dataloader()
-            own = {book: whole[book] for book in range(rank, 3, devices)}
-            assert streamed(loader) == own
-            assert len(loader) == len(list(loader))
-            assert data.test_tokens == sum(map(len, whole.values()))
-
-
-def test_more_devices_than_books_are_refused_only_where_books_are_read(folder: Path):
-    data = on_devices(small(folder), 4, 0)
-    with pytest.raises(ValueError, match=r"books: 3 of them meet 4 devices.*use devices=3, or more books"):
-        data.test_dataloader()
-    next(iter(data.val_dataloader()))
-
-
-def test_workers_deliver_the_same_chunks_in_order(folder: Path):
-    first, second = (list(small(folder, num_workers=workers).test_dataloader()) for workers in (0, 2))
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
-
-
 def test_changed_books_are_read_again_on_the_next_run(folder: Path):
     data = small(folder)
     before = data.test_tokens
@@ -378,11 +319,6 @@ def test_the_command_line_sets_every_kind_of_argument():
     assert (parsed.books, parsed.max_book_tokens, parsed.paths) == (["a.txt", "b/*.txt"], 100, "c")
 
 
-def quiet(tmp_path: Path, **options: Any) -> pl.Trainer:
-    given = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return pl.Trainer(default_root_dir=tmp_path, enable_checkpointing=False, **given | options)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_model_without_memory_is_tested_on_the_stream(folder: Path, tmp_path: Path):
     """The mean is over the targets, whatever the chunks' lengths, and the prefix counts for nothing."""
@@ -398,32 +334,3 @@ def test_a_model_without_memory_is_tested_on_the_stream(folder: Path, tmp_path: 
             losses.append(pieces.losses(model(pieces.inputs)[0])[pieces.counted])
     assert sum(map(len, losses)) == data.test_tokens
     assert metrics["test/loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
-
-
-class Recorder(pl.LightningModule):
-    """Remembers what it was asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.batches: list[dict[str, Tensor]] = []
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.batches.append(batch)
-
-
-def stream_in_two(folder: str) -> None:
-    module = Recorder()
-    trainer = quiet(Path(folder), strategy="ddp", devices=2)
-    trainer.test(module, datamodule=small(Path(folder)), verbose=False)
-    books = streamed(module.batches)
-    Path(folder, f"rank{os.environ['RANK']}.json").write_text(json.dumps(books))
-
-
-@pytest.mark.slow
-def test_a_trainer_with_two_processes_leaves_the_books_where_they_are(folder: Path):
-    expected = streamed(small(folder).test_dataloader())
-    run_two(stream_in_two, str(folder))
-    found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert [{*books} for books in found] == [{"0", "2"}, {"1"}]
-    assert {int(book): tokens for books in found for book, tokens in books.items()} == expected

@@ -3,7 +3,6 @@
 import itertools
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,53 +10,27 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from memzoo.arch import Block, CausalLM
 from memzoo.layers import Attention
-from memzoo.layers.graph_memory_cell import GraphMemoryCell
-from memzoo.layers.graph_memory_upkeep import commit, graph_memory_cells, join
+from memzoo.layers.graph_memory_upkeep import commit, join
 from memzoo.layers.trace import Trace
 from memzoo.lit_modules import CausalLMModule, GraphMemoryUpkeep
 from memzoo.lit_modules.graph_memory import routing_temperature
 from memzoo.recipes import recipe_path
-from tests.lit_modules.processes import run_two
+from tests.lit_modules.graph_memory_cases import (
+    SLOTS,
+    STEADY,
+    batches,
+    cells,
+    loader,
+    model,
+    module,
+    trainer,
+)
 
-SLOTS = 6
-STEADY = {"temperature_max": 1.0, "temperature_min": 1.0}
 EAGER = {"dead_usage": 1.0, "merge_age": 0}  # every slot is dead at every maintenance
-
-
-def model(**cell) -> CausalLM:
-    torch.manual_seed(0)
-    cell = {"num_slots": SLOTS, "navigation_dim": 4, "write_back": "deferred"} | cell
-    blocks = [Block(Attention(8, num_heads=2), GraphMemoryCell(8, **cell)) for _ in range(2)]
-    return CausalLM(11, 8, blocks)
-
-
-def module(**cell) -> CausalLMModule:
-    return CausalLMModule(model(**cell), learning_rate=0.01, warmup_steps=0, schedule_steps=10)
-
-
-def batches(count: int, rows: int = 4) -> list[dict[str, Tensor]]:
-    draw = torch.Generator().manual_seed(1)
-    return [{"tokens": torch.randint(11, (rows, 6), generator=draw)} for _ in range(count)]
-
-
-def loader(rows: list[dict[str, Tensor]]) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(rows, batch_size=None)
-
-
-def trainer(*callbacks: pl.Callback, **options) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    options = {"max_epochs": 1, "enable_checkpointing": False, "num_sanity_val_steps": 0} | options
-    return pl.Trainer(callbacks=list(callbacks), **quiet, **options)
-
-
-def cells(lit: CausalLMModule) -> list[GraphMemoryCell]:
-    return list(graph_memory_cells(lit.model).values())
 
 
 def temperatures(lit: pl.LightningModule) -> set[float]:
@@ -271,115 +244,6 @@ def test_how_the_slots_are_used_is_logged_where_the_trainer_logs():
     assert last == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
     assert of_cells["usage_effective"].min() < of_cells["usage_effective"].mean() < SLOTS
     assert last["dead_slots"] == 1
-
-
-# Several devices
-
-
-class Replica(pl.Callback):
-    """Saves what a process has before the last step and after it."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 3:
-            self.save(pl_module, f"{trainer.global_rank}.before.pt")
-
-    def on_train_end(self, trainer, pl_module):
-        self.save(pl_module, f"{trainer.global_rank}.after.pt")
-
-    def save(self, pl_module, name):
-        state = pl_module.model.state_dict()
-        whole = {path: value.full_tensor() if isinstance(value, DTensor) else value for path, value in state.items()}
-        torch.save(whole, self.folder / name)
-
-
-class Shares(pl.LightningDataModule):
-    """The rows of every batch that are a process's own."""
-
-    def train_dataloader(self):
-        world, rank = self.trainer.world_size, self.trainer.global_rank
-        return loader([{"tokens": batch["tokens"].chunk(world)[rank]} for batch in batches(4)])
-
-
-def train(folder: Path, cell: dict | None = None, maintain_every: int | None = 4, **options) -> None:
-    """Train four steps, the last of which ends with a slot of each cell seeded if there is maintenance."""
-    # The cluster loss is the one that is no mean over tokens.
-    lit = module(dead_usage=0.1, loss_weights={"cluster": 0.0}, **cell or {})
-    for one in cells(lit):
-        one.usage[0] = 0
-    upkeep = GraphMemoryUpkeep(**STEADY, maintain_every=maintain_every)
-    run = trainer(upkeep, Replica(folder), use_distributed_sampler=False, log_every_n_steps=1, **options)
-    run.fit(lit, datamodule=Shares())
-
-
-SHARDED = {"cell": {"write_back": "off"}, "maintain_every": None}
-
-
-def train_two(folder: Path) -> None:
-    """Be one of two processes that train with replicas, then with shards."""
-    train(folder / "replicas", devices=2, strategy="ddp")
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
-    train(folder / "shards", devices=2, strategy=strategy, **SHARDED)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    """What two processes have saved."""
-    folder = tmp_path_factory.mktemp("two")
-    for name in ("replicas", "shards"):
-        (folder / name).mkdir()
-    run_two(train_two, folder)
-    return folder
-
-
-def saved(folder: Path, when: str) -> list[dict[str, Tensor]]:
-    return [torch.load(path) for path in sorted(folder.glob(f"*.{when}.pt"))]
-
-
-@pytest.mark.slow  # starts two processes
-def test_two_processes_equal_each_other_and_one_that_reads_the_rows_of_both(two, tmp_path):
-    before, after = saved(two / "replicas", "before"), saved(two / "replicas", "after")
-    for first, second in (before, after):
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
-    train(tmp_path)
-    torch.testing.assert_close(before[:1], saved(tmp_path, "before"), rtol=1e-4, atol=1e-6)
-    assert after[0]["blocks.0.ffn.age"].tolist() == [0] + [4] * (SLOTS - 1)
-
-
-@pytest.mark.slow
-def test_two_processes_that_share_the_parameters_equal_one_that_has_all(two, tmp_path):
-    first, second = saved(two / "shards", "after")
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    train(tmp_path, **SHARDED)
-    torch.testing.assert_close([first], saved(tmp_path, "after"), rtol=1e-4, atol=1e-6)
-    assert first["blocks.0.ffn.age"].tolist() == [4] * SLOTS
-
-
-def set_up(world_size: int, strategy: type, maintain_every: int | None = None, **cell) -> None:
-    run = SimpleNamespace(world_size=world_size, strategy=strategy.__new__(strategy))
-    GraphMemoryUpkeep(maintain_every=maintain_every).setup(run, module(**cell), "fit")
-
-
-def test_a_strategy_that_shards_is_refused_where_slots_are_changed_whole():
-    set_up(2, ModelParallelStrategy, write_back="off")
-    for options, words in (
-        ({"maintain_every": 3, "write_back": "off"}, "maintain_every=3"),
-        ({"write_back": "deferred"}, "write_back='deferred'"),
-        ({"maintain_every": 3}, "maintain_every=3 and write_back='deferred'"),
-    ):
-        with pytest.raises(ValueError, match=f"ModelParallelStrategy shards the centroids, which {words} .*'ddp'"):
-            set_up(2, ModelParallelStrategy, **options)
-    with pytest.raises(ValueError, match=r"strategy=FSDPStrategy is not supported.*strategy='ddp'"):
-        set_up(1, FSDPStrategy, write_back="off")
-
-
-def test_the_reference_write_back_is_refused_on_several_devices():
-    with pytest.raises(ValueError, match=r"write_back='reference'.*2 replicas of DDPStrategy.*'deferred'"):
-        set_up(2, DDPStrategy, write_back="reference")
-    set_up(1, SingleDeviceStrategy, write_back="reference")
-    set_up(2, DDPStrategy)
 
 
 # Refusals
