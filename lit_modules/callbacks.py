@@ -1,11 +1,12 @@
 """Callbacks: speed, samples, figures, and the line that says how good a run was."""
 
+import csv
 import json
 import math
 import platform
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,27 @@ def run_folders(trainer: Trainer) -> list[Path]:
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     return folders
+
+
+def check_shows(callback: Callback, what: str, pl_module: LightningModule, kind: type[LightningModule]) -> None:
+    """Require the module whose results a callback shows.
+
+    Raises:
+        ValueError: It is another.
+    """
+    if not isinstance(pl_module, kind):
+        raise ValueError(
+            f"{type(callback).__name__} shows the {what} of a {kind.__name__}, which {type(pl_module).__name__} is "
+            f"not; use that module, or leave the callback out"
+        )
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV file with a header."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_figure(trainer: Trainer, name: str, figure: Figure) -> None:

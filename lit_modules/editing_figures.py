@@ -1,6 +1,5 @@
 """EditingFigures: what a stream of edits has come to, said, drawn and written, and functions that draw it."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from memzoo.lit_modules.callbacks import run_folders, say, write_figure
+from memzoo.lit_modules.callbacks import check_shows, run_folders, say, write_figure, write_rows
 from memzoo.lit_modules.editing_metrics import GENERATED, MEASURES, EditRecord, QuestionKind
 from memzoo.lit_modules.model_editing import ModelEditingModule
 
@@ -100,11 +99,7 @@ class EditingFigures(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there will be something to show."""
-        if not isinstance(pl_module, ModelEditingModule):
-            raise ValueError(
-                f"EditingFigures shows the edits of a ModelEditingModule, which {type(pl_module).__name__} is not; use "
-                f"that module, or leave the callback out"
-            )
+        check_shows(self, "edits", pl_module, ModelEditingModule)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print, draw and write."""
@@ -138,10 +133,7 @@ def cost_line(name: str, measured: Mapping[str, float], records: Sequence[EditRe
 
 def write_records(path: Path, records: Sequence[EditRecord]) -> None:
     """Write a row for every edit."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(EditRecord)])
-        writer.writeheader()
-        writer.writerows(asdict(record) for record in records)
+    write_rows(path, [field.name for field in fields(EditRecord)], map(asdict, records))
 
 
 def _mean(values: Sequence[float]) -> float:

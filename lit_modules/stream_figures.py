@@ -1,6 +1,5 @@
 """StreamFigure: what a memory gains along a document, and a function that draws it."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from memzoo.lit_modules.callbacks import run_folders, say, write_figure
+from memzoo.lit_modules.callbacks import check_shows, run_folders, say, write_figure, write_rows
 from memzoo.lit_modules.causal_lm import data_module
 from memzoo.lit_modules.stream import ChunkScore
 from memzoo.lit_modules.test_time_training import TestTimeTrainingModule
@@ -108,11 +107,7 @@ class StreamFigure(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there will be something to show."""
-        if not isinstance(pl_module, TestTimeTrainingModule):
-            raise ValueError(
-                f"StreamFigure shows the stream of a TestTimeTrainingModule, which {type(pl_module).__name__} is not; "
-                f"use that module, or leave the callback out"
-            )
+        check_shows(self, "stream", pl_module, TestTimeTrainingModule)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print, write and draw."""
@@ -174,10 +169,8 @@ def held_out_note(change: float | None, bytes_per_token: float | None) -> str:
 
 def write_scores(path: Path, scores: Sequence[ChunkScore], names: Sequence[str]) -> None:
     """Write a row for every chunk, with the name of its document."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["name", *(field.name for field in fields(ChunkScore))])
-        writer.writeheader()
-        writer.writerows({"name": names[score.document], **asdict(score)} for score in scores)
+    columns = ["name", *(field.name for field in fields(ChunkScore))]
+    write_rows(path, columns, ({"name": names[score.document], **asdict(score)} for score in scores))
 
 
 def _title(chosen: Mapping[str, Any]) -> str:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from memzoo.arch.checkpoint import from_pretrained, save_pretrained
-from tests.contract.checks.core import DIM, Part, check, close, probe, refused, same
+from tests.contract.checks.core import DIM, Part, check, compiled_alike, probe, refused, same
 
 ROWS = 40
 
@@ -159,18 +158,7 @@ def more_classes_leave_the_logits_of_the_others(part: Part) -> None:
 @check("classifier")
 def decoding_compiles_as_one_graph(part: Part) -> None:
     model, x = ready(part)
-    codes, trained = model.encode(x), model.trainable_parameters()
-    torch._dynamo.reset()
-    try:
-        result, expected = torch.compile(model.decode, fullgraph=True, backend="eager")(codes), model.decode(codes)
-        close(result, expected, "compiled")
-        found = [torch.autograd.grad(probe(y), trained) for y in (result, expected)]
-        for ours, theirs in zip(*found, strict=True):
-            close(ours, theirs, "the compiled gradient")
-    except TorchDynamoException as error:
-        raise AssertionError(f"it does not compile as one graph: {error}") from error
-    finally:
-        torch._dynamo.reset()
+    compiled_alike(model.decode, model.encode(x), model.trainable_parameters())
 
 
 @check("classifier")

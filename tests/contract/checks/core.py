@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
 from memzoo.layers.registry import LayerEntry
@@ -291,6 +292,21 @@ def probe(y: Tensor) -> Tensor:
     """A scalar to differentiate: every element of ``y`` with a weight of its own."""
     generator = torch.Generator().manual_seed(4)
     return (y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)).sum()
+
+
+def compiled_alike(call: Callable[[Tensor], Tensor], x: Tensor, trained: Sequence[nn.Parameter]) -> None:
+    """Require a call to compile as one graph, with the result and the gradients of what is trained that it has."""
+    torch._dynamo.reset()
+    try:
+        result, expected = torch.compile(call, fullgraph=True, backend="eager")(x), call(x)
+        close(result, expected, "compiled")
+        found = [torch.autograd.grad(probe(y), trained) for y in (result, expected)]
+        for ours, theirs in zip(*found, strict=True):
+            close(ours, theirs, "the compiled gradient")
+    except TorchDynamoException as error:
+        raise AssertionError(f"it does not compile as one graph: {error}") from error
+    finally:
+        torch._dynamo.reset()
 
 
 def refused(function: Callable[..., Any], words: list[str], *args: Any, **kwargs: Any) -> None:
