@@ -118,13 +118,13 @@ class MemoryAttention(Attention):
         donate: bool,
     ) -> tuple[Tensor, Tensor, AttentionState]:
         """Outputs, the heads' reads and the state of rows that begin at the left."""
-        positions = self._positions(x, None if state is None else state.position)
+        angles = self._angles(x, None if state is None else state.position)
         q = self._heads(self._project("query", x, memories), self.query_norm)
         k, v = self._keys_and_values_with(memories, x)
         prefix = None
         if self.prefix_tokens is not None:
             prefix = self._keys_and_values_with(memories, self.prefix_tokens.expand(len(x), -1, -1))
-        turned = self._rotate(q, positions), self._rotate(k, positions)
+        turned = self._rotate(q, angles), self._rotate(k, angles)
         memory, end = self._look(*turned, v, prefix, state, lengths=lengths, donate=donate)
         if memories.layout.kind == "kv":
             read = memory_attention(q, memories, scale=self.scale)

@@ -32,6 +32,7 @@ class MeanSquare:
         """
         if not self.mean.isfinite().all():
             raise ValueError(f"the covariance of {self.count} keys is not finite; see what the host makes of batches")
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(self.mean)
         pivots = factor.diagonal().square()
         rounding = torch.finfo(torch.float64).eps * len(pivots)
@@ -66,4 +67,5 @@ def write_directions(keys: Tensor, ridge: float, factor: Tensor) -> Tensor:
     gram.diagonal().add_(ridge)
     if not bool((gram.diagonal() > 0).all()):
         raise ValueError("a key is zero, or not finite: the site reads nothing there; attach to another, or token=")
-    return torch.linalg.solve(gram, whitened)
+    directions: Tensor = torch.linalg.solve(gram, whitened)
+    return directions

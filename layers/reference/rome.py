@@ -87,7 +87,7 @@ def rome(weight: Tensor, bias: Tensor, key: Tensor, value: Tensor, covariance: T
     Shape:
         weight: (dim, width). bias: (dim,). key: (width,). value: (dim,). covariance: (width, width).
     """
-    whitened = torch.linalg.inv(covariance) @ key
+    whitened: Tensor = torch.linalg.inv(covariance) @ key
     return weight + torch.outer(value - weight @ key - bias, whitened) / (whitened @ key)
 
 
@@ -98,4 +98,5 @@ def memit(weight: Tensor, bias: Tensor, keys: Tensor, values: Tensor, covariance
         weight: (dim, width). bias: (dim,). keys: (width, edits). values: (dim, edits). covariance: (width, width).
     """
     residual = values - weight @ keys - bias[:, None]
-    return weight + residual @ keys.T @ torch.linalg.inv(ridge * covariance + keys @ keys.T)
+    inverse: Tensor = torch.linalg.inv(ridge * covariance + keys @ keys.T)
+    return weight + residual @ keys.T @ inverse
