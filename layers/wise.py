@@ -134,25 +134,34 @@ class Wise(WiseSides):
         """Learn some edits together, in the open shard; a shard that is full by then is finished, and maybe merged.
 
         Raises:
-            ValueError: They do not fit the host, the loss is not finite, or the editor is merged or was detached;
-                nothing is learned then.
+            ValueError: They do not fit the host, the loss or a response is not finite, or the editor is merged or was
+                detached. Whatever is raised, an interrupt too, everything is what it was then.
         """
         self._check_use("edit")
         check_edits(edits)
-        before = self.delta.detach().clone(), self.scale.clone()
-        try:
+        with self.unchanged_on_error():
             if not isinstance(self.options.margins, Sequence) and not bool(self.scale):
                 self._calibrate_on(edits[0])
             lessons = [Lesson(self, edit) for edit in edits]
             replayed = Replayed.draw(self, self.questions, self.options.replay, self._generator(REPLAY))
             report = self._train(lessons, replayed)
-        except BaseException:
-            with torch.no_grad():
-                self.delta.copy_(before[0])
-                self.scale.copy_(before[1])
-            raise
-        least = torch.stack([lesson.activations().min() for lesson in lessons]).min()
-        self.threshold.copy_(self.threshold.minimum(least))
+            self._take_up(lessons)
+        self.new_prompt()
+        return report
+
+    def _take_up(self, lessons: Sequence[Lesson]) -> None:
+        """Count edits that were trained, with their threshold and their questions, and finish the shard if it is full.
+
+        Raises:
+            ValueError: A response is not finite: the last step went too far, which no loss has seen.
+        """
+        least = torch.cat([lesson.activations() for lesson in lessons])
+        if not bool(least.isfinite().all()):
+            raise ValueError(
+                f"the response to an edit is not finite after its last step; use a learning_rate below "
+                f"{self.options.learning_rate}, or a norm_constraint"
+            )
+        self.threshold.copy_(self.threshold.minimum(least.min()))
         for lesson in lessons:
             x, counted = lesson.question()
             self.questions.offer(
@@ -169,8 +178,6 @@ class Wise(WiseSides):
             self._refresh_open()
         if int(self.open_edits) >= self.options.edits_per_shard:
             self._finish()
-        self.new_prompt()
-        return report
 
     def _train(self, lessons: Sequence[Lesson], replayed: Replayed) -> EditReport:
         margins, frozen = self.margins(), self.frozen()
@@ -257,16 +264,17 @@ class Wise(WiseSides):
             ValueError: It is not kept, or the editor is merged or was detached.
         """
         self._check_use("rollback")
-        if shard is None or shard == int(self.open_id):
-            shard, edits = int(self.open_id), int(self.open_edits)
-            self._open()
-        else:
-            edits = self.shards.rollback(shard)
-        self.questions.drop(self.questions.shard == shard)
-        if self.options.refresh_threshold:
-            for memory in self.shards.memory_id.tolist():
-                self._refresh_memory(memory)
-        self.num_edits -= edits
+        with self.unchanged_on_error():
+            if shard is None or shard == int(self.open_id):
+                shard, edits = int(self.open_id), int(self.open_edits)
+                self._open()
+            else:
+                edits = self.shards.rollback(shard)
+            self.questions.drop(self.questions.shard == shard)
+            if self.options.refresh_threshold:
+                for memory in self.shards.memory_id.tolist():
+                    self._refresh_memory(memory)
+            self.num_edits -= edits
         self.new_prompt()
 
     def reset(self) -> None:

@@ -1,6 +1,5 @@
 """Shards of WISE: finished ones, and the side memories that they were merged into."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,10 @@ OLD_WEIGHT = 0.6  # of a memory whose shards are gone, when others are merged in
 
 
 class GrowingBuffers(nn.Module):
-    """A module whose buffers have as many rows as they need: those of what is loaded decide."""
+    """A module whose buffers have as many rows as they need: those of what is loaded decide.
+
+    What has rows is replaced and never written, but by loading: who keeps the buffers keeps what they held.
+    """
 
     def fit(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Give the buffers that are named these shapes; zeros, in new tensors."""
@@ -93,13 +95,13 @@ class WiseShards(GrowingBuffers):
         """Forget all."""
         self.fit({name: (0, *buffer.shape[1:]) for name, buffer in self.named_buffers() if buffer.dim()})
         self.merges.zero_()
-        self._note()
+        self.note()
 
     def add(self, delta: Tensor, number: Tensor, *, threshold: Tensor, edits: Tensor) -> None:
         """Keep a finished shard."""
         pending = torch.tensor(PENDING)
         self.append(shards=delta, shard_id=number, shard_threshold=threshold, shard_edits=edits, shard_memory=pending)
-        self._note()
+        self.note()
 
     @property
     def pending(self) -> Tensor:
@@ -125,21 +127,18 @@ class WiseShards(GrowingBuffers):
 
     def merge(self) -> int:
         """Merge the pending shards; return the number of the memory that they are in now."""
-        new, merging = self.options.mode == "retrieve" or not len(self.memories), self.pending
-        memory = int(self.merges) if new else int(self.memory_id[0])
-        if new:
-            empty = self.memories.new_zeros(self.memories.shape[1:])
-            self.append(memories=empty, memory_id=torch.tensor(memory), memory_threshold=torch.tensor(math.inf))
-        own = self.shard_memory == memory
-        blended = not new and (not bool(own.any()) or int((own | merging).sum()) > self.options.keep_shards)
+        merging, mode = self.pending, self.options.mode
+        memory = int(self.merges) if mode == "retrieve" or not len(self.memories) else int(self.memory_id[0])
+        whole, own = self.memory_id == memory, self.shard_memory == memory
+        blended = bool(whole.any()) and (not bool(own.any()) or int((own | merging).sum()) > self.options.keep_shards)
+        if blended:
+            self._set(memory, *self._blend(self.memories[whole], self.memory_threshold[whole], merging))
+        else:
+            self._set(memory, *self._merge(own | merging))
         self.shard_memory = torch.where(merging, memory, self.shard_memory)
         self.merges += 1
-        if blended:
-            self._blend(memory, merging)
-        else:
-            self._rebuild(memory)
         self._drop(memory if blended else None)
-        self._note()
+        self.note()
         return memory
 
     def rollback(self, shard: int) -> int:
@@ -158,7 +157,7 @@ class WiseShards(GrowingBuffers):
         self._keep_shards(self.shard_id != shard)
         if memory != PENDING:
             self._rebuild(memory)
-        self._note()
+        self.note()
         return edits
 
     def lower(self, memory: int, threshold: Tensor) -> None:
@@ -168,33 +167,44 @@ class WiseShards(GrowingBuffers):
 
     # Parts
 
-    def _note(self) -> None:
+    def note(self) -> None:
+        """Note how many shards are pending, once that changed."""
         self._num_pending = int(self.pending.sum())
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._note()
+        self.note()
 
     def _rebuild(self, memory: int) -> None:
         """Make a memory of all its shards, with equal weights; without any it is gone."""
-        own, others = self.shard_memory == memory, self.memory_id != memory
-        if not bool(own.any()):
-            self.keep(["memories", "memory_id", "memory_threshold"], others)
-            return
-        deltas = [*self.shards[own]]
-        self._set(memory, ties(deltas, [1 / len(deltas)] * len(deltas), density=self.options.density))
-        self.memory_threshold = torch.where(others, self.memory_threshold, self.shard_threshold[own].min())
+        own = self.shard_memory == memory
+        if bool(own.any()):
+            self._set(memory, *self._merge(own))
+        else:
+            self.keep(["memories", "memory_id", "memory_threshold"], self.memory_id != memory)
 
-    def _blend(self, memory: int, merging: Tensor) -> None:
-        """Merge shards into a memory whose own shards are not all kept."""
-        own, deltas = self.memory_id == memory, [*self.shards[merging]]
+    def _merge(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what some shards make with equal weights, and its threshold."""
+        deltas = [*self.shards[rows]]
+        whole = ties(deltas, [1 / len(deltas)] * len(deltas), density=self.options.density)
+        return whole, self.shard_threshold[rows].min()
+
+    def _blend(self, memory: Tensor, threshold: Tensor, merging: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what shards make with a memory whose own shards are not all kept, (1, out, in), and its threshold."""
+        deltas = [*self.shards[merging]]
         weights = [OLD_WEIGHT, *[(1 - OLD_WEIGHT) / len(deltas)] * len(deltas)]
         densities = [1.0, *[self.options.density] * len(deltas)]  # what was merged is not trimmed again
-        self._set(memory, ties([*self.memories[own], *deltas], weights, density=densities))
-        self.lower(memory, self.shard_threshold[merging].min())
+        whole = ties([*memory, *deltas], weights, density=densities)
+        return whole, threshold.minimum(self.shard_threshold[merging].min())
 
-    def _set(self, memory: int, delta: Tensor) -> None:
-        self.memories[(self.memory_id == memory).nonzero().flatten()] = delta
+    def _set(self, memory: int, delta: Tensor, threshold: Tensor) -> None:
+        """Give a memory what it is from now on; a new one if there is none of that number. Nothing is written."""
+        own = self.memory_id == memory
+        if not bool(own.any()):
+            self.append(memories=delta, memory_id=torch.tensor(memory), memory_threshold=threshold)
+            return
+        self.memories = self.memories.index_copy(0, own.nonzero().flatten(), delta[None])
+        self.memory_threshold = torch.where(own, threshold, self.memory_threshold)
 
     def _drop(self, memory: int | None) -> None:
         """Drop the shards of one memory, then those of the oldest ones until as few are merged as may be kept."""

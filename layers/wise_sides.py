@@ -250,6 +250,29 @@ class WiseSides(Editor):
         matrix_of(self.down).copy_(self._base)
         self._base = None
 
+    # All or nothing
+
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """Leave everything that is learned as it was if what is done inside raises, an interrupt too.
+
+        It takes a copy of the open shard and of single numbers; what has rows is replaced when it changes.
+        """
+        own = {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if "." not in name}
+        written = [(tensor, tensor.detach().clone()) for tensor in (*own.values(), self.shards.merges)]
+        kept = [(part, name, buffer) for part in (self.shards, self.questions) for name, buffer in part.named_buffers()]
+        try:
+            yield
+        except BaseException:
+            for part, name, buffer in kept:
+                setattr(part, name, buffer)
+            with torch.no_grad():
+                for tensor, before in written:
+                    tensor.copy_(before)
+            self.shards.note()
+            self.new_prompt()
+            raise
+
     # Files
 
     def load(self, path: str | os.PathLike[str]) -> None:
