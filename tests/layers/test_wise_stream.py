@@ -159,6 +159,22 @@ def test_a_shard_that_is_taken_back_leaves_what_the_others_make() -> None:
         editor.rollback(1)
 
 
+def test_what_is_left_of_a_memory_is_measured_again_unless_that_is_off() -> None:
+    """What the other shard makes of its own questions alone is not what both made of them."""
+    found = {}
+    for refresh in (True, False):
+        _, editor, _ = attach(**SHORT, refresh_threshold=refresh)
+        learn(editor, 0, 1)
+        kept = editor.shards.shard_threshold[1] * 2  # so that what is measured is less
+        editor.shards.shard_threshold = torch.stack([kept, kept])
+        editor.rollback(0)
+        own = editor.stored(editor.questions.inputs, editor.questions.counted)
+        least = editor.response(own, editor.shards.memories[0]).min()
+        assert least < kept
+        found[refresh] = [float(editor.shards.memory_threshold), float(least if refresh else kept)]
+    assert all(actual == expected for actual, expected in found.values())
+
+
 def test_the_open_shard_is_taken_back_by_default_and_its_place_is_free() -> None:
     _, editor, _ = attach(max_steps=2)
     learn(editor, 0, 1, 2)
