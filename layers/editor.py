@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memzoo.layers.side_memory import SideMemory
+from memzoo.layers.side_record import NAME, HostRecord
 
 NOT_SCORED = -100  # target of an input that nothing is asked of; what torch's cross entropy ignores
 Answer = Callable[[Tensor, Tensor | None], Tensor]
@@ -128,16 +129,48 @@ class Editor(SideMemory):
     def reading(self, counted: Tensor | None) -> Iterator[None]:
         """Say which tokens of what the host reads inside decide whether a row is asked about an edit.
 
+        All editors of the host are told. Tokens behind those do not decide: what was generated, where there is no
+        cache. Beams of a row share its tokens.
+
         Args:
             counted: (rows, time) bool; None for all. Padding must not.
         """
+        record: HostRecord | None = vars(self.host).get(NAME)
+        others = [] if record is None else [memory for memory in record.memories if memory is not self]
+        with ExitStack() as stack:
+            for editor in (self, *others):
+                if isinstance(editor, Editor):
+                    stack.enter_context(editor._counting(counted))
+            yield
+
+    # Parts
+
+    @contextmanager
+    def _counting(self, counted: Tensor | None) -> Iterator[None]:
+        """Be told what ``reading`` of an editor of the host says."""
         before, self._counted = self._counted, counted
         try:
             yield
         finally:
             self._counted = before
 
-    # Parts
+    def _counts(self, tokens: Tensor) -> Tensor | None:
+        """Return which tokens (rows, time, ...) of a call count, (rows, time) bool; None for all.
+
+        Raises:
+            ValueError: What ``reading`` was told of is not what is read.
+        """
+        counted, (rows, time) = self._counted, tokens.shape[:2]
+        if counted is None or (time == 1 < counted.shape[1]):  # a token that is decoded behind those
+            return None
+        if rows % len(counted) or counted.shape[1] > time:
+            raise ValueError(
+                f"the tokens that count, {tuple(counted.shape)}, are not those that {self.sites[0]!r} reads, "
+                f"{(rows, time)}; pass a mask of them, of each row or of what its beams share, from the first token "
+                f"on, or None"
+            )
+        counted = F.pad(counted.to(tokens.device), (0, time - counted.shape[1]))
+        return counted.repeat_interleave(rows // len(counted), 0)
 
     def _masking(self, mask: Tensor) -> dict[str, Tensor]:
         """Return a mask as the host is told of it."""

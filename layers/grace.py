@@ -14,7 +14,6 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memzoo.layers.call_replay import CallReplay
 from memzoo.layers.codebook import Codebook, draw_value, file_sizes
@@ -187,7 +186,8 @@ class Grace(Editor):
         """Return ``y``, with the value of its entry in the rows that have found one."""
         if x.shape[1] == 1 and self.sticky and self._chosen is not None and len(self._chosen) == len(x):
             return self._replaced(y, self._chosen.clone(), None) if self.replace == "all" else y
-        counted = self._counted_tokens(x)
+        counted = self._counts(x)
+        counted = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if counted is None else counted
         asking = self._asking(counted)
         place = (torch.arange(len(x), device=x.device), asking.int().argmax(1))
         query = x.detach()[place]
@@ -200,11 +200,11 @@ class Grace(Editor):
         return self._replaced(y, self._chosen, {"last": asking, "prompt": counted & ~asking, "all": None}[self.replace])
 
     @contextmanager
-    def reading(self, counted: Tensor | None) -> Iterator[None]:
+    def _counting(self, counted: Tensor | None) -> Iterator[None]:
         """As in ``Editor``; the first call inside asks, whatever was chosen before."""
         self.new_prompt()
         try:
-            with super().reading(counted):
+            with super()._counting(counted):
                 yield
         finally:
             self.new_prompt()
@@ -305,18 +305,6 @@ class Grace(Editor):
         )
 
     # Parts
-
-    def _counted_tokens(self, x: Tensor) -> Tensor:
-        """Return which tokens are the question, (rows, time); those behind what ``reading`` was told of are not."""
-        counted, (rows, time, _) = self._counted, x.shape
-        if counted is None or time == 1:
-            return torch.ones(rows, time, dtype=torch.bool, device=x.device)
-        if len(counted) != rows or counted.shape[1] > time:
-            raise ValueError(
-                f"counted has shape {tuple(counted.shape)}, and site {self.sites[0]!r} reads {rows} rows of {time} "
-                f"tokens; say of the tokens of each row whether they count, from the first on"
-            )
-        return F.pad(counted.to(x.device), (0, time - counted.shape[1]))
 
     def _asking(self, counted: Tensor) -> Tensor:
         """Return the one token of each row that asks, (rows, time) bool; none where none counts."""

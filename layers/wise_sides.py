@@ -95,14 +95,11 @@ class WiseSides(Editor):
         self._decision = None
 
     @contextmanager
-    def reading(self, counted: Tensor | None) -> Iterator[None]:
-        """Say which tokens decide, as in ``Editor``; no decision is kept from before, nor afterwards.
-
-        Tokens behind those do not decide: what was generated, where there is no cache. Beams of a row share its tokens.
-        """
+    def _counting(self, counted: Tensor | None) -> Iterator[None]:
+        """As in ``Editor``; no decision is kept from before, nor afterwards."""
         self.new_prompt()
         try:
-            with super().reading(counted):
+            with super()._counting(counted):
                 yield
         finally:
             self.new_prompt()
@@ -137,18 +134,6 @@ class WiseSides(Editor):
         if granularity != "token":
             self._decision = routing.chosen.expand(len(y))
         return routing.chosen
-
-    def _counts(self, tokens: Tensor) -> Tensor | None:
-        counted, (rows, time) = self._counted, tokens.shape[:2]
-        if counted is None or (time == 1 < counted.shape[1]):  # a token that is decoded behind those
-            return None
-        if rows % len(counted) or counted.shape[1] > time:
-            raise ValueError(
-                f"the tokens that count, {tuple(counted.shape)}, are not those that {self.sites[0]!r} reads, "
-                f"{(rows, time)}; pass a mask of them, of each row or of what its beams share, from the first token "
-                f"on, or None"
-            )
-        return F.pad(counted, (0, time - counted.shape[1])).repeat_interleave(rows // len(counted), 0)
 
     # Seeing
 

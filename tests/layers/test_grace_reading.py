@@ -58,8 +58,23 @@ def test_tokens_behind_the_question_do_not_ask() -> None:
     grace.edit([edit_of(x[:, :4][:1], 3)])
     with grace.reading(torch.ones(2, 4, dtype=torch.bool)):
         assert int(read(grace.host, x)[0, 3].argmax()) == 3
-        with pytest.raises(ValueError, match=r"counted has shape \(2, 4\), and site .* reads 2 rows of 3 tokens"):
+        with pytest.raises(ValueError, match=r"the tokens that count, \(2, 4\), are not those .* reads, \(2, 3\)"):
             read(grace.host, x[:, :3])
+
+
+def test_beams_share_the_question_of_their_row() -> None:
+    host, x = make_host("llama"), make_inputs("llama")
+    grace = attach("llama", host, replace="all", steps=40)
+    grace.edit([edit_of(x[:1], 3)])
+    asked = torch.ones_like(x, dtype=torch.bool)
+    asked[1, :3] = False
+    alone = grace.answer(x, asked=asked)
+    beams = grace.answer(x.repeat_interleave(3, 0), asked=asked)
+    torch.testing.assert_close(beams, alone.repeat_interleave(3, 0))
+    assert int(alone[0, -1].argmax()) == 3
+    options = {"max_new_tokens": 2, "do_sample": False, "num_beams": 3, "pad_token_id": 0, "eos_token_id": None}
+    with grace.reading(asked):
+        assert int(host.generate(x, **options)[0, x.shape[1]]) == 3
 
 
 # Generating

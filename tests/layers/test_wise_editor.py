@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memzoo.arch import create_model
-from memzoo.layers import Wise
+from memzoo.layers import Grace, Wise
 from memzoo.layers.editor import NOT_SCORED, Edit
 from memzoo.layers.wise_routing import MAIN, slack
 from tests.layers.side_hosts import VOCAB_SIZE, make_host, make_inputs, read
@@ -149,3 +149,23 @@ def test_beams_share_the_question_of_their_row() -> None:
     options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2, "pad_token_id": 0, "eos_token_id": None}
     with editor.reading(torch.ones(2, 6, dtype=torch.bool)):
         assert host.generate(x, **options).shape == (2, 9)
+
+
+@pytest.mark.parametrize("asked_of", ["wise", "grace"])
+def test_every_editor_of_a_host_is_told_which_tokens_ask(asked_of: str) -> None:
+    """Padding does not ask either, whichever of them is called."""
+    host = make_host("ours", torch.float64)
+    grace = Grace.attach(host, replace="all", steps=40, radius=1e-6)
+    editors = {"grace": grace, "wise": Wise.attach(host, **QUICK)}
+    question = make_inputs("ours")[:1, :4]
+    grace.edit([Edit(question, torch.tensor([[NOT_SCORED] * 3 + [9]]))])
+    alone = grace.answer(question)
+    padded, mask = torch.nn.functional.pad(question, (0, 3)), torch.arange(7)[None] < 4
+    found = editors[asked_of].answer(padded, mask)[:, :4]
+    torch.testing.assert_close(found, alone, **EXACT)
+    assert int(found[0, -1].argmax()) == 9
+    assert all(editor._counted is None for editor in editors.values())
+    editors.pop(asked_of).detach()
+    (other,) = editors.values()
+    with other.reading(mask):
+        assert other._counted is mask
