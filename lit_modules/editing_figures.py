@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from memzoo.lit_modules.callbacks import check_shows, run_folders, say, write_figure, write_rows
-from memzoo.lit_modules.editing_metrics import GENERATED, MEASURES, EditRecord, QuestionKind
+from memzoo.lit_modules.editing_metrics import GENERATED, MEASURES, EditRecord, QuestionKind, questions_of, right_after
 from memzoo.lit_modules.model_editing import ModelEditingModule
 
 LABELS: dict[QuestionKind, str] = {"edit": "edits", "paraphrase": "paraphrases", "locality": "unrelated"}
@@ -72,8 +72,8 @@ def editing_figure(
         generated = [(m["count"], m[GENERATED + name]) for m in evaluations if GENERATED + name in m]
         if generated:
             axes.plot(*zip(*generated, strict=True), color=color, marker=".", linestyle=":")
-        right_after = np.cumsum([getattr(record, name) for record in records]) / made
-        axes.plot(made, right_after, color=color, linewidth=0.8, alpha=0.7)
+        means = right_after(records, name)
+        axes.plot(made[: len(means)], means.numpy(), color=color, linewidth=0.8, alpha=0.7)
     if any(GENERATED + name in measured for name in MEASURES for measured in evaluations):
         axes.plot([], [], color="0.4", marker=".", linestyle=":", label="by generation")
     axes.plot([], [], color="0.4", linewidth=0.8, label="right after each edit, mean")
@@ -116,10 +116,12 @@ class EditingFigures(Callback):
 
 
 def measure_line(measure: str, measured: Mapping[str, float], records: Sequence[EditRecord]) -> str:
-    """Return what was measured after the last edit, and the mean of what was measured right after each."""
-    right_after = _mean([getattr(record, measure) for record in records])
-    count, after = len(records), measured[measure]
-    line = f"{measure}: {after:.1%} of {count} edits after the last ({right_after:.1%} right after each)"
+    """Return what was measured after the last edit, and right after each; both are means over questions."""
+    count, asked = len(records), int(questions_of(records, measure).sum())
+    if not asked:
+        return f"{measure}: no edit of {count} has such a question"
+    after, each = measured[measure], float(right_after(records, measure)[-1])
+    line = f"{measure}: {after:.1%} of {asked} questions after the last of {count} edits ({each:.1%} right after each)"
     generated = measured.get(GENERATED + measure)
     return line if generated is None else f"{line}; {generated:.1%} in full by generation"
 

@@ -1,7 +1,7 @@
 """What an edited model answers: reliability, generalisation and locality, and what decides whether an edit acts."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -31,8 +31,11 @@ class EditRecord:
         loss: Of its answer, before the last step.
         seconds: It took, its share of those learned together.
         reliability: Share of its answer's tokens that were right.
-        generalisation: The same for its paraphrases.
-        locality: Share of the answers to its questions of locality that were as before the first edit.
+        generalisation: The same for its paraphrases; nan if it has none.
+        locality: Share of the answers to its questions of locality that were as before the first edit; nan without any.
+        reliability_questions: How many questions that is the mean of; 1 in records that do not tell.
+        generalisation_questions: The same for its paraphrases.
+        locality_questions: The same for its questions of locality.
     """
 
     index: int
@@ -42,6 +45,9 @@ class EditRecord:
     reliability: float
     generalisation: float
     locality: float
+    reliability_questions: int = 1
+    generalisation_questions: int = 1
+    locality_questions: int = 1
 
 
 @dataclass(frozen=True)
@@ -143,15 +149,15 @@ def generate_answers(
 def read_routing(editor: Wise, batches: Iterable[Batch]) -> Tensor:
     """Return how strongly each question makes a router respond, over its threshold, on the CPU: above 1 it is routed.
 
-    Of several side memories it is the one with the largest ratio. With granularity "token" there is one for every token
-    of a question, with "batch" one for every batch.
+    Of several side memories it is the one that responds most, which alone decides, over its own threshold. With
+    granularity "token" there is one for every token of a question, with "batch" one for every batch.
     """
     found = [torch.zeros(0)]
     for batch in batches:
         asked = asked_tokens(batch)
         routing = editor.routing(batch["inputs"], batch.get("mask"), asked=asked)
-        thresholds = routing.thresholds.view(-1, *[1] * (routing.activations.dim() - 1))
-        ratios = (routing.activations / thresholds).nan_to_num(0.0, posinf=math.inf).amax(0)
+        strongest, side = routing.activations.max(0)
+        ratios = (strongest / routing.thresholds[side]).nan_to_num(0.0, posinf=math.inf)
         found.append((ratios if asked is None or ratios.dim() < 2 else ratios[asked]).flatten().float().cpu())
     return torch.cat(found)
 
@@ -169,6 +175,24 @@ def memory_bytes(editor: Editor) -> int:
 def mean(values: Tensor) -> float:
     """Return the mean, nan of nothing."""
     return float(values.mean()) if len(values) else math.nan
+
+
+def questions_of(records: Iterable[EditRecord], measure: str) -> Tensor:
+    """Return how many questions are behind a measure of each edit, (edits,) int64; 0 where it is nan."""
+    told = [(getattr(record, measure), getattr(record, f"{measure}_questions")) for record in records]
+    return torch.tensor([0 if math.isnan(value) else count for value, count in told], dtype=torch.int64)
+
+
+def right_after(records: Sequence[EditRecord], measure: str) -> Tensor:
+    """Return the mean of what was measured right after each edit, over all questions up to each of them.
+
+    (edits,) float64; nan where none was asked yet. Empty if none was asked at all.
+    """
+    counts = questions_of(records, measure)
+    if not bool(counts.any()):
+        return torch.zeros(0, dtype=torch.float64)
+    values = torch.tensor([getattr(record, measure) for record in records], dtype=torch.float64)
+    return (values.nan_to_num(0.0) * counts).cumsum(0) / counts.cumsum(0)
 
 
 def _to_the_right(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """ModelEditingModule: a stream of edits to a model, and what it knows after the last of them."""
 
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +29,15 @@ from memzoo.lit_modules.editing_metrics import (
     memory_bytes,
     read_answers,
     read_routing,
+    right_after,
+)
+from memzoo.lit_modules.editing_stream import (
+    check_fit,
+    check_made_with,
+    check_next,
+    describe_data,
+    describe_editor,
+    warn_of_unrelated,
 )
 
 PART = "editing"  # of a checkpoint
@@ -63,12 +70,15 @@ class ModelEditingModule(LightningModule):
     Logs ``edits/reliability``, ``edits/generated/reliability`` and so on, of **all** edits so far, after the last and
     every ``evaluate_every``; ``just_edited/reliability`` and so on, of the edits just learned alone, which is a
     different thing and says nothing of what is forgotten later, and after the last edit
-    ``just_edited/mean_reliability`` and so on. ``edits/count``, ``edits/memory_bytes`` and ``edits/parameters`` say
-    what the editor holds, ``train/loss``, ``train/steps`` and ``train/seconds`` what the last batch took.
+    ``just_edited/mean_reliability`` and so on, means over questions too. What no question asks for, as where no edit
+    has a paraphrase, is nan in ``edits/`` and left out of ``just_edited/``. ``edits/count``, ``edits/memory_bytes`` and
+    ``edits/parameters`` say what the editor holds, ``train/loss``, ``train/steps`` and ``train/seconds`` what the last
+    batch took.
 
     A checkpoint holds the weights of the model, the editor, the answers before the first edit and the records: a run
-    that was killed goes on to the same memory, to the bit, with the same editor and data; others are refused. A fit
-    without ``ckpt_path`` starts with no edits.
+    that was killed goes on to the same memory, to the bit, with the same editor, its ``editor_options`` and data in
+    batches of the same number of edits; others are refused. A fit without ``ckpt_path`` starts with no edits. What
+    ``editor.calibrate()`` of ``Wise`` has measured before the first fit stays, for all fits.
 
     Args:
         model: Name of a registered model, or a module: with the interface of ``memzoo.arch.CausalLM``, or a classifier
@@ -135,6 +145,9 @@ class ModelEditingModule(LightningModule):
         self.evaluations: list[dict[str, float]] = []
         self.before: Answers | None = None
         self.generated_before: Answers | None = None
+        self._scale: Tensor | None = None  # of an editor that has one, as it was before any edit
+        self._data: dict[str, Any] | None = None  # what describes the data of this fit, once somebody asked
+        self._resumed = False  # and no edit was made since
         self.train()  # which Lightning does not call
 
     def train(self, mode: bool = True) -> Self:
@@ -148,17 +161,31 @@ class ModelEditingModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Start a stream, or go on with that of a checkpoint."""
-        if self.trainer.ckpt_path is None:
-            self.editor.reset()
+        self._resumed = self.trainer.ckpt_path is not None
+        if not self._resumed:
+            self._reset_editor()
             self.records, self.evaluations = [], []
             every = range(len(data_module(self.trainer).edits))
             self.before = self.answers(every, "locality")
             self.generated_before = self.generated_answers(every, "locality") if self._generates else None
 
+    def _reset_editor(self) -> None:
+        """Forget all edits, but not a scale that the editor was given before the first."""
+        if isinstance(self.editor, Wise) and not int(self.editor.num_edits):
+            self._scale = self.editor.scale.clone()
+        self.editor.reset()
+        if isinstance(self.editor, Wise) and self._scale is not None:
+            self.editor.scale.copy_(self._scale)
+
     def training_step(self, batch: Batch | Sequence[Batch], batch_idx: int) -> None:
         """Learn an edit, or several together, then ask for them, and for all so far where that is due."""
         batches = [batch] if isinstance(batch, Mapping) else batch
         edits, index = [edit_of(one) for one in batches], [int(one["index"]) for one in batches]
+        if self._resumed:
+            check_next(self.records, index)
+        if not self.records:
+            warn_of_unrelated(self.editor, batches, data_module(self.trainer).edits)
+        self._resumed = False
         began = time.monotonic()
         with torch.enable_grad():
             report = self.editor.edit(edits)
@@ -166,12 +193,15 @@ class ModelEditingModule(LightningModule):
         cast(Any, self.optimizers()).step()  # a batch is a step, for checkpoints and progress
         shares = {name: self._shares(index, kind) for name, kind in MEASURES.items()}
         for number in index:
-            own = {name: mean(values[numbers == number]) for name, (values, numbers) in shares.items()}
-            self.records.append(EditRecord(number, report.steps, report.loss, seconds / len(index), **own))
+            own = {name: values[numbers == number] for name, (values, numbers) in shares.items()}
+            told: dict[str, Any] = {name: mean(values) for name, values in own.items()}
+            told |= {f"{name}_questions": len(values) for name, values in own.items()}
+            self.records.append(EditRecord(number, report.steps, report.loss, seconds / len(index), **told))
         self.log("train/loss", report.loss, prog_bar=True, batch_size=1)
         self.log("train/steps", float(report.steps), batch_size=1)
         self.log("train/seconds", seconds, batch_size=1)
-        self.log_dict({f"just_edited/{name}": mean(values) for name, (values, _) in shares.items()}, batch_size=1)
+        asked = {f"just_edited/{name}": mean(values) for name, (values, _) in shares.items() if len(values)}
+        self.log_dict(asked, batch_size=1)
         every, count = self.hparams["evaluate_every"], len(self.records)
         if every is not None and (count - len(index)) // every < count // every:
             self.evaluate()
@@ -180,8 +210,8 @@ class ModelEditingModule(LightningModule):
         """Measure all edits after the last, and log it."""
         self.log_dict(_named(self.evaluate()), logger=False, batch_size=1)
         for name in MEASURES:
-            value = mean(torch.tensor([getattr(record, name) for record in self.records]))
-            self.log(f"just_edited/mean_{name}", value, batch_size=1)
+            if len(means := right_after(self.records, name)):
+                self.log(f"just_edited/mean_{name}", float(means[-1]), batch_size=1)
 
     def on_train_end(self) -> None:
         """Measure all edits if that was not done yet: a run may go on from a checkpoint with nothing left to edit."""
@@ -236,7 +266,8 @@ class ModelEditingModule(LightningModule):
 
     def _questions(self, edits: Iterable[int], kind: QuestionKind) -> Iterator[Batch]:
         for batch in data_module(self.trainer).questions(list(edits), kind):
-            yield self.trainer.strategy.batch_to_device(batch)
+            # As Lightning does with what it hands to training_step: of the dtype of "bf16-true" and the like.
+            yield self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
 
     @property
     def _generates(self) -> bool:
@@ -257,28 +288,9 @@ class ModelEditingModule(LightningModule):
         Raises:
             ValueError: They cannot.
         """
-        trainer, data = self.trainer, data_module(self.trainer)
-        if stage != "fit":
-            return
-        if not hasattr(data, "edits") or not hasattr(data, "questions"):
-            raise ValueError(
-                f"{type(data).__name__} has no edits, or no questions(edits, kind) to measure them with; use "
-                f"FactData(train_on='edits')"
-            )
-        if trainer.max_epochs != 1:
-            raise ValueError(
-                f"max_epochs={trainer.max_epochs} of the trainer; a stream of edits is one epoch: Trainer(max_epochs=1)"
-            )
-        if trainer.world_size > 1:
-            raise ValueError(f"{trainer.world_size} devices cannot share edits, each of which follows the last; use 1")
-        if trainer.precision == "16-mixed":
-            raise ValueError("precision='16-mixed' scales losses, which editors do not; use 'bf16-mixed'")
-        needed, held = getattr(data, "vocab_size", None), getattr(self.model, "vocab_size", None)
-        if needed is not None and held is not None and needed > held:
-            raise ValueError(
-                f"vocab_size={held} of the model is less than the data's {needed} token ids; edit a model that was "
-                f"trained on such data"
-            )
+        self._data = None
+        if stage == "fit":
+            check_fit(self.trainer, data_module(self.trainer), self.model)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return none, and silence three warnings of what is meant here.
@@ -316,10 +328,7 @@ class ModelEditingModule(LightningModule):
                 "the checkpoint holds no stream of edits to go on with; for a trained model to edit, pass it to the "
                 "module: ModelEditingModule(checkpoint=...)"
             )
-        made_with, own = kept["made_with"], self._describe()
-        if other := [name for name in own if name in made_with and own[name] != made_with[name]]:
-            named = ", ".join(f"{name}={made_with[name]!r} and not {own[name]!r}" for name in other)
-            raise ValueError(f"the checkpoint is of a stream with {named}; go on with what it was made with, or anew")
+        check_made_with(kept["made_with"], self._describe())
         self.records = [EditRecord(**record) for record in kept["records"]]
         self.evaluations = kept["evaluations"]
         self.before = None if kept["before"] is None else Answers(**kept["before"])
@@ -327,13 +336,13 @@ class ModelEditingModule(LightningModule):
 
     def _describe(self) -> dict[str, Any]:
         """Return what a stream must go on with, in plain values; of the data where there are some."""
-        made_with = {"editor": type(self.editor).__name__, **json.loads(json.dumps(self.editor._describe()))}
+        made_with = describe_editor(self.editor, self.hparams["editor_options"] or {})
         trainer = self._trainer
         if trainer is None or trainer.state.fn != "fit":
             return made_with
-        edits = data_module(trainer).edits
-        counted = {"edits": len(edits), "edits_sha256": hashlib.sha256(repr([*edits]).encode()).hexdigest()[:16]}
-        return made_with | counted | {"generate": self._generates, "max_new_tokens": self.hparams["max_new_tokens"]}
+        self._data = self._data or describe_data(data_module(trainer))
+        asked = {"generate": self._generates, "max_new_tokens": self.hparams["max_new_tokens"]}
+        return made_with | self._data | asked
 
 
 def attach_editor(model: nn.Module, name: str, options: Mapping[str, Any]) -> Editor:

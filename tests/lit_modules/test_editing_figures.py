@@ -38,10 +38,11 @@ MEASURED = [
 def test_lines_have_what_was_measured_last_and_right_after_each_edit():
     last = MEASURED[-1]
     assert measure_line("reliability", last, RECORDS) == (
-        "reliability: 25.0% of 2 edits after the last (75.0% right after each); 12.5% in full by generation"
+        "reliability: 25.0% of 2 questions after the last of 2 edits (75.0% right after each); 12.5% in full by "
+        "generation"
     )
     assert measure_line("locality", last, RECORDS) == (
-        "locality: 50.0% of 2 edits after the last (50.0% right after each)"
+        "locality: 50.0% of 2 questions after the last of 2 edits (50.0% right after each)"
     )
     assert cost_line("wise", last, RECORDS) == "wise: 2.00 MiB; 3.0 steps and 1.50 s an edit"
 
@@ -79,6 +80,9 @@ def test_the_table_has_a_row_for_every_edit(tmp_path):
         "reliability": "0.5",
         "generalisation": "0.5",
         "locality": "0.0",
+        "reliability_questions": "1",
+        "generalisation_questions": "1",
+        "locality_questions": "1",
     }
 
 

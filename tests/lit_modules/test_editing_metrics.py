@@ -18,6 +18,7 @@ from memzoo.lit_modules.editing_metrics import (
     read_routing,
 )
 from tests.layers.side_hosts import make_host
+from tests.layers.wise_cases import hand_made
 from tests.lit_modules.editing_cases import Dense, Facts, host, padded
 
 
@@ -162,3 +163,22 @@ def test_routing_is_response_over_threshold_and_nothing_without_edits():
     routing = [editor.routing(b["inputs"], b["mask"]) for b in (data.rows_alone(0), data.rows_alone(1))]
     assert [edited, other] == pytest.approx([float(r.activations[0, 0] / r.thresholds[0]) for r in routing])
     assert edited > 1
+
+
+def test_routing_is_of_the_memory_that_responds_most_over_its_own_threshold():
+    """Another that is above its own, but responds less, is not read: what is drawn above 1 is what is routed."""
+    editor = Wise.attach(host(), mode="retrieve")
+    data, kinds = Facts(4, questions_per_batch=4), ("edit", "paraphrase", "locality")
+    hand_made(editor, 0.0, 0.0)
+    batches = [batch for kind in kinds for batch in data.questions(range(4), kind)]
+
+    def routings():
+        return [editor.routing(b["inputs"], b["mask"], asked=asked_tokens(b)) for b in batches]
+
+    responses = torch.cat([routing.activations for routing in routings()], 1)
+    limit = responses.amax(0).median()
+    editor.shards.memory_threshold.fill_(2 * limit)
+    editor.threshold.copy_(responses[1].min() / 2)
+    chosen = torch.cat([routing.chosen for routing in routings()])
+    assert {*chosen.tolist()} == {-1, 1}
+    assert ((read_routing(editor, batches) > 1) == (chosen >= 0)).all()
