@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from memzoo.layers.ops.precision import no_autocast
 
 MARGIN = 1e-5  # by which a key that stood first leaves the border between two to the new one
+ROUNDED = 3.0  # units that a key of 16 bits may move by
 ENTRIES = ("keys", "values", "radii", "labels", "edits")
 CHANGING = ("values", "labels", "radii")  # of an entry that is there, by edits that come later
 TABLES = (*ENTRIES, *(f"{name}_{kept}" for name in CHANGING for kept in ("changes", "before")))
@@ -25,8 +27,9 @@ class Codebook(nn.Module):
     other of these widths, however many entries either has.
 
     What a model says of a question differs by rounding from batch to batch, up to ``rounding_of`` it. No radius is
-    less, and two keys are further apart than twice that: of another answer so near to a key the entry becomes that of
-    the newer one.
+    less, whatever ``radius`` says, which is warned of once. Two keys are further apart than twice that: of another
+    answer so near to a key the entry becomes that of the newer one, and answers as far as its question, moved by as
+    much, may lie: it would be lost otherwise.
 
     Args:
         key_dim: Width of keys.
@@ -55,6 +58,7 @@ class Codebook(nn.Module):
     def __init__(self, key_dim: int, value_dim: int, radius: float, *, like: Tensor) -> None:
         super().__init__()
         self.radius = radius
+        self._warned = False  # of rounding that is more
         real: Any = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
         whole: Any = {"dtype": torch.int64, "device": like.device}
         self.values = nn.Parameter(torch.zeros(0, value_dim, **real))
@@ -101,8 +105,15 @@ class Codebook(nn.Module):
             label: Of its answer; labels are the same if they print the same.
         """
         edit, code, least = self.next_edit.clone(), self._code(label), rounding_of(query).to(self.radii)
-        query, value = query.to(self.keys), value.to(self.keys)
+        dtype, query, value = query.dtype, query.to(self.keys), value.to(self.keys)
         radius = least.clamp(min=self.radius)
+        if not self._warned and least > self.radius:
+            self._warned = True
+            warnings.warn(
+                f"radius={self.radius} is less than rounding in {dtype} may move a key of length "
+                f"{query.norm():.3g}: its entry answers within {least:.3g}; use a wider dtype, or radius={least:.3g}",
+                stacklevel=2,
+            )
         self.next_edit += 1
         if len(self):
             (distance,), (place,) = self.nearest(query[None])
@@ -199,11 +210,15 @@ class Codebook(nn.Module):
 def rounding_of(query: Tensor) -> Tensor:
     """Return by how much a query (width,) may differ from the same one computed in another batch.
 
-    ``log2(width)`` times the unit of its dtype, of its length: how errors of sums in blocks grow.
+    In float32 and float64 ``log2(width)`` times the unit of the dtype, of its length: how errors of sums in blocks
+    grow. In 16 bits three times: sums are float32 there, and only what is stored is rounded. From alone to padded in a
+    batch, keys of a LLaMA with random weights moved by up to 6.6 units in float32 and 1.8 in bfloat16 with 8 layers,
+    by 7.6 and 2.6 with 32.
     """
-    eps = torch.finfo(query.dtype).eps
+    precision = torch.finfo(query.dtype)
+    units = ROUNDED if precision.bits < 32 else max(math.log2(len(query)), 1.0)
     length: Tensor = torch.linalg.vector_norm(query.to(torch.promote_types(query.dtype, torch.float32)))
-    return length * (eps * max(math.log2(len(query)), 1.0))
+    return length * (precision.eps * units)
 
 
 def draw_value(like: Tensor, seed: int) -> Tensor:

@@ -12,8 +12,8 @@ near ones the latest:
         else d / 2 - 1e-5 < r:           v_i*, y_i* <- v, y,  e_i* <- max(e_i*, d + r)
         else:                            add (q, v, d / 2, y),  e_i* <- d / 2 - 1e-5
 
-r = |q| log2(d_in) eps is what rounding may move a query by, eps being that of its dtype; e_init is at least r. The
-paper has r = 0.
+r = |q| u eps is what rounding may move a query by, eps being that of its dtype, u = log2(d_in), or 3 in 16 bits; e_init
+is at least r. The paper has r = 0.
 """
 
 import math
@@ -103,7 +103,8 @@ def write(query: Tensor, value: Tensor, label: Any, entries: Sequence[Entry], ra
         The codebook, and the number of the entry whose value is to be trained.
     """
     book = list(entries)
-    least = float(query.norm()) * max(math.log2(len(query)), 1.0) * torch.finfo(query.dtype).eps
+    units = 3.0 if torch.finfo(query.dtype).bits == 16 else max(math.log2(len(query)), 1.0)
+    least = float(query.norm()) * units * torch.finfo(query.dtype).eps
     radius = max(radius, least)
     if not book:
         return [Entry(query, value, radius, label)], 0

@@ -1,5 +1,6 @@
 """GRACE: the checks of its specification, and the equations."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -118,11 +119,32 @@ def test_04_questions_edited_again_are_answered_anew_in_any_batch(dtype: torch.d
     assert grace.answer(padded, mask)[:, 6].argmax(1).tolist() == [9] * 16
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_rounding_is_of_the_dtype_that_a_query_was_computed_in(dtype: torch.dtype) -> None:
-    book, query = Codebook(16, 1, 1e-12, like=torch.zeros(1, dtype=torch.float64)), torch.full((16,), 3.0)
-    book.enter(query.to(dtype), torch.zeros(1), "a")
-    assert float(book.radii) == pytest.approx(3 * 4 * 4 * torch.finfo(dtype).eps)  # |q|, and log2(16)
+@pytest.mark.parametrize(
+    ("dtype", "units"), [(torch.float64, 4), (torch.float32, 4), (torch.bfloat16, 3), (torch.float16, 3)]
+)
+def test_rounding_is_of_the_dtype_that_a_query_was_computed_in(dtype: torch.dtype, units: int) -> None:
+    book, query = Codebook(16, 1, 1e-15, like=torch.zeros(1, dtype=torch.float64)), torch.full((16,), 3.0)
+    with pytest.warns(UserWarning, match=f"radius=1e-15 is less than rounding in {dtype} may move a key of length 12"):
+        book.enter(query.to(dtype), torch.zeros(1), "a")
+    assert float(book.radii) == pytest.approx(3 * 4 * units * torch.finfo(dtype).eps)  # |q|, and log2(16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        book.enter(-query.to(dtype), torch.zeros(1), "b")
+
+
+def test_another_question_of_a_wide_layer_in_bfloat16_has_an_entry_of_its_own() -> None:
+    """Of the width and the length that keys have in a model of 7 billion parameters."""
+    query = torch.randn(11008, generator=torch.Generator().manual_seed(0)).mul(50 / 11008**0.5).bfloat16()
+    other = (query.float() + torch.full((11008,), 4.0 / 11008**0.5)).bfloat16()
+    distance = float((other.float() - query.float()).norm())
+    assert distance == pytest.approx(4, rel=0.05)
+    for radius in (0.5, 2.0, 3.0):
+        book = Codebook(11008, 8, radius, like=query)
+        for number, key in enumerate((query, other)):
+            assert book.enter(key, torch.zeros(8), number) == number
+        assert book.radii.tolist() == pytest.approx(
+            [max(radius, 1.17)] * 2 if radius < 2 else [distance / 2] * 2, rel=0.02
+        )
 
 
 def test_05_there_are_as_many_entries_as_edits_that_added_one() -> None:
