@@ -12,7 +12,7 @@ from memzoo.layers.errors import check_choice, check_number, check_positive
 Mode = Literal["merge", "retrieve"]
 MaskKind = Literal["exact", "bernoulli", "disjoint"]
 Indicator = Literal["linear", "activated"]
-Reduce = Literal["mean", "max", "last"]
+Reduce = Literal["mean", "max", "last", "easyedit"]
 Granularity = Literal["sample", "batch", "token"]
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -49,7 +49,8 @@ class WiseOptions:
         replay: Stored questions of each merged memory that an edit learns not to respond to, and as many of the
             present group that it learns to respond to; the paper's replay of WISE-Retrieve. 0 for none.
         indicator: "linear" measures ``|a dW|``; "activated" as EasyEdit does ``|act(y + a dW) - act(y)|``.
-        reduce: How the tokens that count become one number.
+        reduce: How the tokens that count become one number. "easyedit" is the mean, and of more than 100 the largest;
+            in training too, where EasyEdit takes the mean.
         granularity: What is decided for each: "sample", a row; "batch", all rows, by their mean; "token", every token
             by its own response, against the same threshold.
         sticky: Keep the decision of a call in the calls of one token a row that follow it.

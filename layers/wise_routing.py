@@ -11,6 +11,7 @@ from memzoo.layers.ops.precision import wider
 from memzoo.layers.wise_options import Granularity, Reduce
 
 MAIN = -1  # what a decision says of an input that reads the main memory alone
+LONG = 100  # tokens, beyond which reduce="easyedit" is no mean
 BELOW = 1e-6  # share of a threshold that a response may be below it: that edits set it, which are to be above it
 
 
@@ -92,7 +93,8 @@ class Indicator:
             places = torch.arange(tokens.shape[1], device=tokens.device)
             last = torch.where(counted, places, 0).amax(1, keepdim=True)
             return tokens.gather(1, last)[:, 0]
-        return tokens.sum(1) / counted.sum(1).clamp_min(1)
+        mean: Tensor = tokens.sum(1) / counted.sum(1).clamp_min(1)
+        return torch.where(counted.sum(1) > LONG, tokens.amax(1), mean) if self.reduce == "easyedit" else mean
 
 
 def mixed(y: Tensor, beside: Sequence[Tensor], chosen: Tensor) -> Tensor:

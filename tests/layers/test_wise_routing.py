@@ -55,8 +55,24 @@ def test_07_every_kind_of_indicator_is_that_of_the_equations(indicator: str, red
 def test_07_a_row_in_which_nothing_counts_responds_to_nothing() -> None:
     y = torch.zeros(2, 3, 4)
     counted = torch.tensor([[False] * 3, [True] * 3])
-    for reduce in ("mean", "max", "last"):
+    for reduce in ("mean", "max", "last", "easyedit"):
         assert Indicator(reduce, None).of_rows(y, y + 1, counted).tolist() == [0, 2]
+
+
+def test_10_easyedit_is_the_mean_of_up_to_a_hundred_tokens_and_the_largest_of_more() -> None:
+    """Of those that count, in each row by itself."""
+    z = torch.randn(3, 130, 4, generator=torch.Generator().manual_seed(0)).double()
+    counted = torch.arange(130) < torch.tensor([[100], [101], [3]])
+    found = Indicator("easyedit", None).of_rows(torch.zeros_like(z), z, counted)
+    lengths = z.norm(dim=-1)
+    expected = [reference.reduce_tokens(row, counts, "easyedit") for row, counts in zip(lengths, counted, strict=True)]
+    torch.testing.assert_close(found, torch.stack(expected), **EXACT)
+    assert found[1] == lengths[1, :101].max()
+    _, editor, x = attach(reduce="easyedit")
+    hand_made(editor, 0.0)
+    _, other, _ = attach()
+    hand_made(other, 0.0)
+    assert torch.equal(editor.indicator(x), other.indicator(x))
 
 
 @BOTH
