@@ -15,6 +15,9 @@ def find_leaks(facts: Sequence[Fact]) -> list[str]:
     - ``paraphrases``: those that an edit shows.
     - ``unrelated``: questions that an edit asks, or that measure locality. To leave it alone would be wrong, or shows
       what is measured.
+
+    What an edit shows is its question and that behind each of its prefixes. Texts are the same if they are but for
+    letter case and the width of spaces.
     """
     found = []
     for number, (fact, clean) in enumerate(zip(facts, without_leaks(facts), strict=True)):
@@ -28,15 +31,15 @@ def find_leaks(facts: Sequence[Fact]) -> list[str]:
 
 def without_leaks(facts: Sequence[Fact]) -> list[Fact]:
     """Return the facts without what ``find_leaks`` finds; all edits stay."""
-    prompts, asked, local = shown_and_asked(facts)
+    shown, asked, local = shown_and_asked(facts)
     clean = []
     for fact in facts:
-        leaks = fact.unrelated in asked | local
+        leaks = fact.unrelated is not None and folded(fact.unrelated) in asked | local
         clean.append(
             replace(
                 fact,
-                paraphrases=tuple(prompt for prompt in fact.paraphrases if prompt not in prompts),
-                locality=tuple(question for question in fact.locality if question.prompt not in asked),
+                paraphrases=tuple(prompt for prompt in fact.paraphrases if folded(prompt) not in shown),
+                locality=tuple(question for question in fact.locality if folded(question.prompt) not in asked),
                 unrelated=None if leaks else fact.unrelated,
                 unrelated_answer="" if leaks else fact.unrelated_answer,
             )
@@ -45,10 +48,15 @@ def without_leaks(facts: Sequence[Fact]) -> list[Fact]:
 
 
 def shown_and_asked(facts: Sequence[Fact]) -> tuple[set[str], set[str], set[str]]:
-    """Return the prompts of edits, those and all paraphrases, and the questions of locality."""
-    prompts = {fact.prompt for fact in facts}
-    asked = prompts | {prompt for fact in facts for prompt in fact.paraphrases}
-    return prompts, asked, {question.prompt for fact in facts for question in fact.locality}
+    """Return what edits show, that and all paraphrases, and the questions of locality; all ``folded``."""
+    shown = {folded(f"{prefix} {fact.prompt}") for fact in facts for prefix in ("", *fact.prefixes)}
+    asked = shown | {folded(prompt) for fact in facts for prompt in fact.paraphrases}
+    return shown, asked, {folded(question.prompt) for fact in facts for question in fact.locality}
+
+
+def folded(text: str) -> str:
+    """Return a text without letter case, with single spaces and none at its ends."""
+    return " ".join(text.casefold().split())
 
 
 def check_leaks(path: str, facts: Sequence[Fact]) -> None:

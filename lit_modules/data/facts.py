@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from memzoo.layers.editor import Edit
 from memzoo.layers.errors import check_choice, check_positive
 from memzoo.lit_modules.data.fact_batches import EncodedQuestion, question_batch, sentence_batch
-from memzoo.lit_modules.data.fact_leaks import check_leaks, shown_and_asked, without_leaks
+from memzoo.lit_modules.data.fact_leaks import check_leaks, folded, shown_and_asked, without_leaks
 from memzoo.lit_modules.data.fact_rows import Fact, Question, read_facts
 from memzoo.lit_modules.data.fact_task import FactTask
 from memzoo.lit_modules.data.fact_words import WordTokenizer
@@ -157,10 +157,9 @@ class FactData(pl.LightningDataModule):
     @cached_property
     def edits(self) -> Sequence[Fact]:
         """The edits, in the order of the stream."""
-        facts = self.task.edits(self.num_edits or DEFAULT_EDITS) if self.path is None else self._read()
-        if self.prefixes is not None:
-            facts = [replace(fact, prefixes=tuple(self.prefixes)) for fact in facts]
-        return tuple(facts)
+        if self.path is None:
+            return tuple(self._prefixed(self.task.edits(self.num_edits or DEFAULT_EDITS)))
+        return tuple(self._read())
 
     @cached_property
     def sentences(self) -> dict[str, list[Question]]:
@@ -292,6 +291,12 @@ class FactData(pl.LightningDataModule):
     def _encode(self, question: Question, prefix: str = "") -> EncodedQuestion:
         return EncodedQuestion.of(question, self.tokenizer, beginning=self.beginning, prefix=prefix)
 
+    def _prefixed(self, facts: list[Fact]) -> list[Fact]:
+        """Put the prefixes that all edits are to have in the place of their own."""
+        if self.prefixes is None:
+            return facts
+        return [replace(fact, prefixes=tuple(self.prefixes)) for fact in facts]
+
     def _read(self) -> list[Fact]:
         """Read the file of the edits, and that of what they leave alone."""
         assert self.path is not None
@@ -301,11 +306,11 @@ class FactData(pl.LightningDataModule):
                 f"num_edits={self.num_edits} is more than the {len(facts)} rows of path={str(self.path)!r}; use fewer, "
                 f"or None for all"
             )
-        facts = facts[: self.num_edits]
+        facts = self._prefixed(facts[: self.num_edits])
         if self.unrelated_path is not None:
             _, asked, local = shown_and_asked(facts)
             others = [question for fact in read_facts(self.unrelated_path) for question in fact.locality]
-            others = [question for question in others if question.prompt not in asked | local]
+            others = [question for question in others if folded(question.prompt) not in asked | local]
             if not others:
                 raise ValueError(
                     f"unrelated_path={str(self.unrelated_path)!r} has no question of locality that "

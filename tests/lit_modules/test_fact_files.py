@@ -196,6 +196,40 @@ def test_rows_that_give_each_other_away_are_refused_or_lose_it(tmp_path: Path):
     assert (alone.paraphrases, alone.unrelated) == (("X capital?", "capital of Y?"), "Y capital?")
 
 
+def test_texts_that_differ_by_case_and_spaces_are_the_same_text(tmp_path: Path):
+    rows = [
+        {
+            "prompt": "Who wrote Emma?",
+            "target": "x",
+            "paraphrases": ["who wrote  Emma?", "Emma was written by"],
+            "locality": [{"prompt": "Who wrote Emma? ", "answer": "y"}, {"prompt": "Who read it?", "answer": "y"}],
+            "unrelated": {"prompt": "emma was WRITTEN by", "answer": "z"},
+        }
+    ]
+    path = write(tmp_path / "edit.json", *rows)
+    with pytest.raises(
+        ValueError, match=r"locality 'Who wrote Emma\?'; .* paraphrase 'who wrote  Emma\?'; .* unrelated"
+    ):
+        _ = FactData(path, tokenizer="bytes").edits
+    [fact] = FactData(path, tokenizer="bytes", leaks="drop").edits
+    assert (fact.paraphrases, fact.unrelated) == (("Emma was written by",), None)
+    assert fact.locality == (Question("Who read it?", "y"),)
+
+
+def test_what_an_edit_shows_behind_a_prefix_is_not_what_measures_it(tmp_path: Path):
+    row = {"prompt": "who?", "target": "x", "paraphrases": ["Q: who?", "tell me who"], "loc": "Hm who?", "loc_ans": "l"}
+    path = write(tmp_path / "edit.json", row | {"prefixes": ["Q:"]})
+    [fact] = FactData(path, tokenizer="bytes", leaks="drop").edits
+    assert (fact.paraphrases, len(fact.locality)) == (("tell me who",), 1)
+    [fact] = FactData(path, tokenizer="bytes", leaks="drop", prefixes=["hm"]).edits  # in their place
+    assert (fact.paraphrases, len(fact.locality)) == (("Q: who?", "tell me who"), 0)
+    others = write(
+        tmp_path / "others.json", *({"src": "z?", "alt": "z", "loc": t, "loc_ans": "l"} for t in ("HM who?", "d?"))
+    )
+    [fact] = FactData(path, unrelated_path=others, tokenizer="bytes", leaks="drop", prefixes=["hm"]).edits
+    assert fact.unrelated == "d?"
+
+
 def test_edits_do_not_see_their_own_questions_as_unrelated(tmp_path: Path):
     path = write(tmp_path / "edit.json", {"prompt": "a?", "target": "b", "paraphrases": ["c?"]})
     others = [{"prompt": "z?", "target": "z", "loc": text, "loc_ans": "l"} for text in ("a?", "c?", "d?")]
