@@ -332,7 +332,7 @@ UNREAD = "nothing is read before an edit has set a threshold"
 SKIPS = {
     "what_it_learnt_is_read": UNREAD,
     "only_the_memory_learns": UNREAD,
-    "merged_it_says_what_it_said_beside": "merged, it has no router",
+    "merged_it_says_what_it_said_beside": "merged, every input reads what it learned: there is no router then",
 }
 
 

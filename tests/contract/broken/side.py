@@ -296,6 +296,12 @@ class HasNoMerge(Replaces):
         raise NotImplementedError
 
 
+@fails("it_merges_or_says_that_it_cannot", skips={MERGE: "merged, it says something else"})
+class StaysMerged(Turns):
+    def _remove(self):
+        self.bases = []
+
+
 @fails("it_compiles_as_one_graph", skips=REPLACES)
 class LooksAtNumbers(Replaces):
     def beside(self, index, x, y):

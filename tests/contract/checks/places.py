@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memzoo.arch import create_model
 from memzoo.layers import FeedForward, SwiGLU
+from memzoo.layers.editor import Edit, Editor
 from memzoo.layers.side_memory import SideMemory
 from tests.contract.checks.core import BATCH, DIM, Part, check, output, probe, same
 
@@ -72,6 +73,12 @@ class Place:
         memory.memorize(self.inputs(host))
         move(memory)
         return memory
+
+    def edit(self, memory: Any) -> None:
+        """Let an editor learn an edit, in which every token asks for another; beside a model, which answers tokens."""
+        if self.name == "model" and isinstance(memory, Editor):
+            tokens = self.inputs(memory.host)[:1]
+            memory.edit([Edit(tokens, (tokens + 1) % VOCAB_SIZE)])
 
     def read(self, host: nn.Module) -> Tensor:
         """Call the host on its inputs."""
