@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from memzoo.layers import Wise
+from memzoo.layers.editor import Edit
 from memzoo.lit_modules.cli import main
 
 FEW = ["--data.num_facts", "40", "--data.num_edits", "4"]
@@ -43,8 +45,14 @@ def test_a_model_of_transformers_is_edited_with_the_rows_of_a_file(tmp_path: Pat
         for name, target in (("oria", "ulm"), ("esia", "bonn"))
     ]
     (tmp_path / "edits.json").write_text("\n".join(map(json.dumps, rows)))
+    others = {"prompt": "x", "target": "y", "loc": "the lake of oria is", "loc_ans": "deep"}
+    (tmp_path / "unrelated.json").write_text(json.dumps(others))
     words = ["--model.model.init_args.folder", "llama", "--data.path", "edits.json", "--data.tokenizer", "bytes"]
     words += ["--model.editor_options.max_steps", "2"]
+    seen: list[Edit] = []
+    learn = Wise.edit
+    monkeypatch.setattr(Wise, "edit", lambda self, edits: (seen.extend(edits), learn(self, edits))[1])
     assert main(["fit", "--config", "wise/hf_facts.yaml", *words]) == 0
+    assert [(len(edit.inputs), edit.unrelated is not None) for edit in seen] == [(11, True)] * 2  # ten prefixes
     assert "locality" in capsys.readouterr().out
     assert [*tmp_path.rglob("editing.png")]
