@@ -147,6 +147,22 @@ def test_another_question_of_a_wide_layer_in_bfloat16_has_an_entry_of_its_own() 
         )
 
 
+def test_04_a_question_that_takes_an_entry_over_is_found_wherever_rounding_moves_it() -> None:
+    """It lies further from the key than the entry answered, and would be lost if that did not answer further now."""
+    book, way = Codebook(64, 1, 2.0, like=torch.zeros(1)), torch.eye(64)[1]
+    query = 64 * torch.eye(64)[0].bfloat16()
+    assert book.enter(query, torch.zeros(1), "a") == 0
+    least = 3 * 64 * 2**-7
+    with torch.no_grad():
+        book.radii.fill_(least)  # as a conflict might have left it
+    assert book.enter((query + 2 * way).bfloat16(), torch.ones(1), "b") == 0  # nearer than twice that
+    assert float(book.radii) == pytest.approx(2 + least, abs=1e-2)
+    moved = [query + reach * way for reach in (0, 2, 1.98 + least, 2.02 + least)]
+    assert book.find(torch.stack(moved)).tolist() == [0, 0, 0, -1]
+    book.delete(1)
+    assert (float(book.radii), float(book.values)) == (least, 0)
+
+
 def test_05_there_are_as_many_entries_as_edits_that_added_one() -> None:
     book = Codebook(1, 1, 1.0, like=torch.zeros(1))
     queries = [0.0, 1.5, 10.0, 10.5, 10.25, 30.0]
