@@ -109,17 +109,16 @@ class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         gate, x = ctx.saved_tensors
-        grad_gate = _silu_backward(grad * x, gate) if ctx.needs_input_grad[0] else None
-        return grad_gate, F.silu(gate) * grad if ctx.needs_input_grad[1] else None
-
-
-def _silu_backward(grad: Tensor, gate: Tensor) -> Tensor:
-    """Gradient by the gate of its SiLU; the kernel in one pass cannot be differentiated once more."""
-    if torch.is_grad_enabled():
-        part = torch.sigmoid(gate)
-        return grad * part * (1 + gate * (1 - part))
-    y: Tensor = torch.ops.aten.silu_backward(grad, gate)
-    return y
+        grad_gate = grad_x = None
+        if torch.is_grad_enabled():  # to differentiate once more, which the kernel cannot
+            part = torch.sigmoid(gate)
+            return grad * x * part * (1 + gate * (1 - part)), grad * gate * part
+        if ctx.needs_input_grad[0]:
+            grad_gate = grad * x
+            torch.ops.aten.silu_backward(grad_gate, gate, grad_input=grad_gate)
+        if ctx.needs_input_grad[1]:
+            grad_x = F.silu(gate).mul_(grad)
+        return grad_gate, grad_x
 
 
 class _RotateHalves(torch.autograd.Function):
