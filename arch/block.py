@@ -114,6 +114,7 @@ class Block(ResidualBlock):
         donate: bool = False,
         return_memory: bool = False,
         memories: LayerMemories | None = None,
+        last: int | None = None,
     ) -> tuple[Tensor, Any] | tuple[Tensor, Any, Tensor]:
         """Run both halves; other arguments and what is returned are those of ``SequenceMixer.forward``.
 
@@ -126,6 +127,7 @@ class Block(ResidualBlock):
             donate: Allow the storage of ``state`` to be reused.
             return_memory: Return what the mixer read too.
             memories: What this block reads of a memory bank, a part for every row of ``x``; None for nothing.
+            last: Tokens at the end that are wanted; the channel layer runs for these alone. None for all.
         """
         mixer_trace = None if trace is None else trace.scope("mixer")
         wanted: dict[str, Any] = {"return_memory": True} if return_memory else {}
@@ -135,6 +137,8 @@ class Block(ResidualBlock):
         )
         report_update("mixer_update", mixed, trace)
         x = x + mixed
+        if last is not None:
+            x, mask = x[:, -last:], None if mask is None else mask[:, -last:]
         fed = self.fed(x, trace, mask=mask, memories=memories)
         if fed is not None:
             report_update("ffn_update", fed, trace)

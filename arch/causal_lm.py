@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memzoo.arch.block import Block, ResidualBlock
-from memzoo.arch.generation import check_prompt_mask, generate
+from memzoo.arch.generation import check_last, check_prompt_mask, generate
 from memzoo.layers.errors import check_positive, check_tokens
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.state import MixerState, State
@@ -148,17 +148,30 @@ class CausalLM(nn.Module):
         doc_ids: Tensor | None = None,
         trace: Trace | None = None,
         donate: bool = False,
+        last: int | None = None,
         **reads: Any,
     ) -> tuple[Tensor, CausalLMState]:
-        """Read a piece of every row's text; the arguments are those of ``SequenceMixer.forward``.
+        """Read a piece of every row's text; arguments that are not named below are those of ``SequenceMixer.forward``.
 
-        ``reads`` is what an architecture's ``forward_features`` takes besides, such as the memories of a bank; so in
-        ``prefill`` and ``step``.
+        Args:
+            tokens: The text.
+            state: What the last call returned; None starts afresh.
+            mask: True at real tokens.
+            doc_ids: Documents packed in one row.
+            trace: Collects losses and signals.
+            donate: Allow the storage of ``state`` to be reused.
+            last: Tokens at the end of the call whose logits are wanted, at least 1; None for all. What serves none of
+                them is left out: the head and, in most models, the last block's channel layer.
+            **reads: What an architecture's ``forward_features`` takes besides, such as the memories of a bank; so in
+                ``prefill`` and ``step``.
 
         Raises:
-            ValueError: A shape or dtype is wrong, a token id is outside the vocabulary, or ``state`` is not of this
-                model.
+            ValueError: A shape or dtype is wrong, a token id is outside the vocabulary, ``state`` is not of this model,
+                or ``last`` is no number of tokens that the call has.
         """
+        if last is not None:
+            check_last(last, tokens)
+            reads["last"] = last
         features, state = self.forward_features(
             tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, **reads
         )
@@ -173,9 +186,10 @@ class CausalLM(nn.Module):
         doc_ids: Tensor | None = None,
         trace: Trace | None = None,
         donate: bool = False,
+        last: int | None = None,
     ) -> tuple[Tensor, CausalLMState]:
-        """Return what the head reads, (batch, time, dim), and the state."""
-        return self.read(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
+        """Return what the head reads, (batch, time, dim), or (batch, last, dim) of the last tokens; and the state."""
+        return self.read(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, last=last)
 
     def read(
         self,
@@ -186,6 +200,7 @@ class CausalLM(nn.Module):
         doc_ids: Tensor | None,
         trace: Trace | None,
         donate: bool,
+        last: int | None = None,
         options: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[Tensor, CausalLMState]:
         """Do what ``forward_features`` does; ``options`` are further keywords, those of every block."""
@@ -194,10 +209,12 @@ class CausalLM(nn.Module):
         x = self.embed(tokens, states, mask=mask, doc_ids=doc_ids)
         ends: list[MixerState] = []
         for index, start in enumerate(states):
-            own = {} if options is None else options[index]
+            own = {} if options is None else dict(options[index])
+            if last is not None and index + 1 == len(states) and type(self.blocks[index]).forward is Block.forward:
+                own["last"] = last
             x, end = self.run_block(index, x, start, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, **own)
             ends.append(end)
-        return self.norm(x), CausalLMState(tuple(ends))
+        return self.norm(x if last is None else x[:, -last:]), CausalLMState(tuple(ends))
 
     def embed(
         self, tokens: Tensor, states: Sequence[MixerState | None], *, mask: Tensor | None, doc_ids: Tensor | None
@@ -270,7 +287,10 @@ class CausalLM(nn.Module):
         donate: bool = False,
     ) -> tuple[Tensor, CausalLMState]:
         """Return what the head reads of each row's last real token, (batch, 1, dim), and the state."""
-        features, state = self.forward_features(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
+        last = 1 if mask is None else None
+        features, state = self.forward_features(
+            tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, last=last
+        )
         return last_token(features, mask), state
 
     def step(

@@ -177,3 +177,14 @@ def _stop_ids(vocab_size: int, stop: int | Iterable[int] | None) -> list[int]:
         if not isinstance(token, int) or not 0 <= token < vocab_size:
             raise ValueError(f"stop={token!r} is not a token id in [0, {vocab_size}); use ids of the model's tokenizer")
     return stops
+
+
+def check_last(last: int, tokens: Tensor) -> None:
+    """Require a number of tokens at the end of a call.
+
+    Raises:
+        ValueError: ``last`` is no whole number from 1 to the tokens of a row.
+    """
+    time = tokens.shape[-1]
+    if isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= time:
+        raise ValueError(f"last={last!r} is no number of tokens at the end of {time}; use 1 to {time}, or None for all")

@@ -176,9 +176,10 @@ class HierarchicalMemoryLM(CausalLM):
         doc_ids: Tensor | None = None,
         trace: Trace | None = None,
         donate: bool = False,
+        last: int | None = None,
         memories: Fetched | None = None,
     ) -> tuple[Tensor, CausalLMState]:
-        """Return what the head reads, (batch, time, dim), and the state.
+        """Return what the head reads, (batch, time, dim), or (batch, last, dim), and the state.
 
         Args:
             tokens: Token ids.
@@ -187,6 +188,7 @@ class HierarchicalMemoryLM(CausalLM):
             doc_ids: Documents packed in one row. All of a row read the same memories.
             trace: Collects losses and signals.
             donate: Allow the storage of ``state`` to be reused.
+            last: Tokens at the end that are wanted; None for all.
             memories: What every row reads, fetched for as many rows; None for the anchor alone.
 
         Raises:
@@ -196,7 +198,9 @@ class HierarchicalMemoryLM(CausalLM):
         if memories is not None:
             self._check_rows(memories, tokens)
             options = [{"memories": own} for own in self._layers(memories)]
-        return self.read(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, options=options)
+        return self.read(
+            tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, last=last, options=options
+        )
 
     def last_features(
         self,

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from memzoo.arch.generation import check_prompt_mask, generate
+from memzoo.arch.generation import check_last, check_prompt_mask, generate
 from memzoo.arch.hugging_face_folder import check_model, empty_cache, load_folder, transformers_library
 from memzoo.layers.errors import check_choice, check_tokens
 from memzoo.layers.mixer import check_grid
@@ -149,6 +149,7 @@ class HuggingFaceLM(nn.Module):
         doc_ids: Tensor | None = None,
         trace: Trace | None = None,
         donate: bool = False,
+        last: int | None = None,
     ) -> tuple[Tensor, HuggingFaceState | None]:
         """Read a piece of every row's text.
 
@@ -159,16 +160,26 @@ class HuggingFaceLM(nn.Module):
             doc_ids: Not supported.
             trace: Nothing is reported to it.
             donate: Changes nothing here.
+            last: Tokens at the end of the call whose logits are wanted, at least 1; None for all.
 
         Returns:
             The logits and the state. With activation checkpointing, in training mode, these models keep no state: None.
 
         Raises:
-            ValueError: A shape or dtype is wrong, a token id is outside the vocabulary, the positions exceed the
-                model's table of them, ``doc_ids`` is given, ``state`` is not of this model or cannot be read under
-                activation checkpointing, or masked tokens lie between real ones in a model with a sliding window.
+            ValueError: A shape or dtype is wrong, a token id is outside the vocabulary, ``last`` is no number of tokens
+                that the call has, the positions exceed the model's table of them, ``doc_ids`` is given, ``state`` is
+                not of this model or cannot be read under activation checkpointing, or masked tokens lie between real
+                ones in a model with a sliding window.
         """
-        return self._read(tokens, state, mask, doc_ids)
+        if last is None:
+            return self._read(tokens, state, mask, doc_ids)
+        check_last(last, tokens)
+        logits, end = self._read(tokens, state, mask, doc_ids, **self._keeping(last))
+        return logits[:, -last:], end
+
+    def _keeping(self, last: int) -> dict[str, int]:
+        """Options of a model that computes the logits of the last tokens alone, if it can."""
+        return {"logits_to_keep": last} if "logits_to_keep" in self._takes else {}
 
     def _read(
         self,
@@ -222,8 +233,7 @@ class HuggingFaceLM(nn.Module):
         if mask is not None:  # real tokens to the right: the last one is then in the last place, and no gap is left
             order = mask.long().argsort(dim=1, stable=True)
             tokens, mask = tokens.gather(1, order), mask.gather(1, order)
-        last = {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
-        logits, state = self._read(tokens, state, mask, doc_ids, **last)
+        logits, state = self._read(tokens, state, mask, doc_ids, **self._keeping(1))
         return logits[:, -1], state
 
     def step(

@@ -198,11 +198,15 @@ class SambaY(CausalLM):
         doc_ids: Tensor | None = None,
         trace: Trace | None = None,
         donate: bool = False,
+        last: int | None = None,
     ) -> tuple[Tensor, CausalLMState]:
-        """Return what the head reads, (batch, time, dim), and the state."""
+        """Return what the head reads, (batch, time, dim), or (batch, last, dim) of the last tokens; and the state."""
         if not self._has_cross_decoder:
-            return super().forward_features(tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate)
-        return self._decode(tokens, state, mask, doc_ids, trace, donate, last_only=False)
+            return super().forward_features(
+                tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, last=last
+            )
+        features, state = self._decode(tokens, state, mask, doc_ids, trace, donate, last_only=False)
+        return features if last is None else features[:, -last:], state
 
     def last_features(
         self,

@@ -65,6 +65,16 @@ class NextTokens:
             None if doc_ids is None else doc_ids[:, :-1],
         )
 
+    def last(self, count: int) -> Self:
+        """Return the inputs and targets of the last tokens of every row."""
+        return type(self)(
+            self.inputs[:, -count:],
+            self.targets[:, -count:],
+            self.counted[:, -count:],
+            None if self.mask is None else self.mask[:, -count:],
+            None if self.doc_ids is None else self.doc_ids[:, -count:],
+        )
+
     def losses(self, logits: Tensor) -> Tensor:
         """Return the negative log-likelihood of every target in nats, (batch, time), at least fp32.
 

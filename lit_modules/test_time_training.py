@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -207,8 +208,17 @@ class TestTimeTrainingModule(CausalLMModule):
         """Return a chunk's targets, their losses and the state behind it, from the prefix or the state before."""
         afresh = afresh or chunk.number % (self.hparams["reuse_state"] + 1) == 0
         pieces = chunk.pieces(0 if afresh else chunk.prefix)
-        logits, state = self.model(pieces.inputs, None if afresh else self._state)
+        wanted = {}
+        if afresh and chunk.prefix and self._takes_last:
+            wanted["last"] = chunk.scored
+        logits, state = self.model(pieces.inputs, None if afresh else self._state, **wanted)
+        pieces = pieces.last(logits.shape[1])
         return pieces, pieces.losses(logits), state
+
+    @property
+    def _takes_last(self) -> bool:
+        """Whether the model can leave out what serves no target of the chunk."""
+        return "last" in signature(self.model.forward).parameters
 
     def _keep(self, state: Any) -> None:
         if self.hparams["reuse_state"] > 0:

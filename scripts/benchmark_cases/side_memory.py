@@ -30,8 +30,8 @@ def score_alone() -> Work:
 
 def loss(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     """Return the mean loss of a window's last tokens."""
-    logits, _ = model(tokens[:, :-1])
-    return F.cross_entropy(logits[0, -CHUNK:], tokens[0, -CHUNK:])
+    logits, _ = model(tokens[:, :-1], last=CHUNK)
+    return F.cross_entropy(logits[0], tokens[0, -CHUNK:])
 
 
 def learn(attach: Callable[[Transformer], SideMemory], epochs: int | None = None) -> Work:

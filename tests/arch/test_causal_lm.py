@@ -88,6 +88,26 @@ def test_prefill_computes_no_logits_but_the_last(
     assert shapes == [(3, DIM), (3, DIM)]
 
 
+@pytest.mark.parametrize("prefills", [False, True], ids=["last", "prefill"])
+def test_the_last_channel_layer_runs_for_the_tokens_that_are_wanted(tokens: Tensor, prefills: bool) -> None:
+    model = CausalLM(VOCAB, DIM, [Block(Attention(DIM, num_heads=2), SwiGLU(DIM)) for _ in range(3)])
+    seen: list[int] = []
+    for block in model.blocks:
+        block.ffn.register_forward_hook(lambda _, inputs, y: seen.append(y.shape[1]))
+    if prefills:
+        model.prefill(tokens)
+    else:
+        model(tokens, last=4)
+    assert seen == [TIME, TIME, 1 if prefills else 4]
+
+
+def test_gradients_of_the_last_logits_are_those_of_all(model: CausalLM, tokens: Tensor) -> None:
+    expected = torch.autograd.grad(model(tokens)[0][:, -4:].square().sum(), [*model.parameters()])
+    got = torch.autograd.grad(model(tokens, last=4)[0].square().sum(), [*model.parameters()])
+    for own, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(own, other, **CLOSE)
+
+
 def test_a_masked_prompt_gives_the_logits_of_its_last_real_token(model: CausalLM, tokens: Tensor) -> None:
     mask = torch.ones(3, TIME, dtype=torch.bool)
     mask[0, 9:] = False

@@ -36,6 +36,15 @@ def model(kind) -> HuggingFaceLM:
     return HuggingFaceLM.of(original(kind))
 
 
+def test_the_logits_of_the_last_tokens_alone(model):
+    with torch.no_grad():
+        logits, _ = model(text())
+        last, _ = model(text(), last=3)
+    torch.testing.assert_close(last, logits[:, -3:])
+    with pytest.raises(ValueError, match=r"last=0 is no number of tokens at the end of 17; use 1 to 17"):
+        model(text(), last=0)
+
+
 # The state
 
 

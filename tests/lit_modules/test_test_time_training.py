@@ -55,6 +55,28 @@ def test_every_token_but_the_first_is_scored_once():
     assert {score.plain_loss_sum for score in lit.stream} == {None}
 
 
+class ReadsAll(nn.Module):
+    """A model that cannot be asked for its last logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.vocab_size = model, model.vocab_size
+
+    def forward(self, tokens, state=None, *, mask=None, doc_ids=None):
+        return self.model(tokens, state, mask=mask, doc_ids=doc_ids)
+
+
+def test_only_the_logits_of_a_chunk_are_computed_and_nothing_changes_by_that(monkeypatch):
+    lit, other = module(retention=False), module(retention=False, model=ReadsAll(host()))
+    seen: list[int] = []
+    head = lit.model.forward_head
+    monkeypatch.setattr(lit.model, "forward_head", lambda x: (seen.append(x.shape[1]), head(x))[1])
+    streamed(lit)
+    assert max(seen) == CHUNK
+    streamed(other)
+    assert losses(lit) == pytest.approx(losses(other), rel=1e-12)
+
+
 @pytest.mark.parametrize("last", [0, 1, 2])
 def test_16_the_score_of_a_chunk_comes_before_every_step_with_it_or_later_ones(monkeypatch, last):
     whole = module()

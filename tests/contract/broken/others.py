@@ -103,6 +103,20 @@ class StepsAfresh(SmallLM):
         return logits, super().step(token, state, **options)[1]
 
 
+@fails("the_last_logits_alone_are_those_of_forward", "prefill_and_step_equal_forward")
+class TakesTheFirst(SmallLM):
+    def forward_features(self, *args: Any, last: int | None = None, **options: Any):
+        features, state = super().forward_features(*args, **options)
+        return features[:, :last], state
+
+
+@fails("the_last_logits_alone_are_those_of_forward")
+class TakesAnyNumber(SmallLM):
+    def forward(self, *args: Any, last: int | None = None, **options: Any):
+        logits, state = super().forward(*args, **options)
+        return logits if last is None else logits[:, -last:], state
+
+
 @fails("generation_takes_the_most_likely_tokens")
 class IgnoresTemperature(SmallLM):
     def generate(self, *args: Any, temperature: float = 1.0, top_k: int | None = None, **options: Any):

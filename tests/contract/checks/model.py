@@ -44,6 +44,26 @@ def prefill_and_step_equal_forward(part: Part) -> None:
 
 
 @check("model")
+def the_last_logits_alone_are_those_of_forward(part: Part) -> None:
+    """With masks, with documents and after a state; and so is the state behind them."""
+    model, tokens = part.build(), part.inputs()
+    _, state = model(tokens)
+    mask = random_mask(seed=5)
+    documents = (torch.arange(TIME) // 5).expand(BATCH, -1)
+    calls: list[dict[str, Any]] = [{}, {"mask": mask}, {"doc_ids": documents}, {"state": state}]
+    for options in calls:
+        expected, end = model(tokens, **options)
+        for last in (1, 5, TIME):
+            logits, own_end = model(tokens, last=last, **options)
+            what = f"the last {last} with {list(options)}"
+            real = options.get("mask", torch.ones_like(mask))[:, -last:]
+            close(logits[real], expected[:, -last:][real], f"logits of {what}")
+            close_state(own_end, end, f"the state behind {what}")
+    for wrong in (0, -1, TIME + 1, True, 1.0):
+        refused(model, ["last", str(wrong), str(TIME)], tokens, last=wrong)
+
+
+@check("model")
 def generation_takes_the_most_likely_tokens(part: Part) -> None:
     """At temperature 0, and with ``top_k=1``; equal to reading everything again for every token."""
     model, prompt = part.build(), part.inputs(time=5)
