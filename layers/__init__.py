@@ -14,6 +14,7 @@ from memzoo.layers.differential_attention import DifferentialAttention
 from memzoo.layers.discrete_key_value_bottleneck import BottleneckOutput, DiscreteKeyValueBottleneck
 from memzoo.layers.feedforward import FeedForward, SwiGLU
 from memzoo.layers.fine_tuning import FineTuning
+from memzoo.layers.freed_memory import keep_freed_memory
 from memzoo.layers.gated_deltanet import GatedDeltaNet
 from memzoo.layers.gated_linear_attention import GatedLinearAttention
 from memzoo.layers.gated_memory_unit import GatedMemoryUnit
@@ -128,6 +129,7 @@ __all__ = [
     "Wise",
     "create_layer",
     "delta_memory",
+    "keep_freed_memory",
     "layer_entry",
     "list_layers",
     "longhorn",

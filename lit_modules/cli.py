@@ -29,6 +29,9 @@ COMMANDS = {
     "env": ("show versions, devices and optional backends", "catalog_cli", "run_env"),
 }
 
+COMPUTING = ("train_cli", "generate_cli", "inspect_cli")
+"""Modules of commands that run models."""
+
 HELP = f"""usage: memzoo COMMAND [OPTIONS]
 
 A catalog of neural memories for PyTorch.
@@ -82,6 +85,8 @@ def _run(words: list[str]) -> int:
         remedy = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(COMMANDS)}"
         raise ValueError(f"command={name!r} does not exist; {remedy}")
     _, module, function = COMMANDS[name]
+    if module in COMPUTING:
+        import_module("memzoo.layers").keep_freed_memory()
     getattr(import_module(f"memzoo.lit_modules.{module}"), function)(name, options)
     return 0
 

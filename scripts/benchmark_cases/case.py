@@ -67,6 +67,7 @@ class Case:
         most_memory: Largest part of a variant's peak extra memory that the first may take, by the variant's name.
         least_share: Least share of the measured matmul rate for every variant with ``products``, or None.
         has_memory: Measure peak memory too.
+        keeps_memory: Time it in a process that keeps what it frees, as the ``memzoo`` command does.
         device: "cpu" or "cuda".
     """
 
@@ -80,6 +81,7 @@ class Case:
     most_memory: dict[str, float] = field(default_factory=dict)
     least_share: float | None = None
     has_memory: bool = True
+    keeps_memory: bool = False
     device: str = "cpu"
 
 

@@ -225,7 +225,7 @@ def checks(*radii: str) -> tuple[Check, ...]:
     modes = ("WISE-Merge", "WISE-Retrieve")
     return (
         *(same_locality(mode) for mode in modes),
-        *(more("locality", mode, tuned) for mode in modes for tuned in ("FT", "FT-L2")),
+        *(more("locality", mode, tuned) for mode in modes for tuned in ("FT", "FT-L2", "ROME")),
         *(more("generalisation", mode, radius) for radius in radii for mode in modes),
         *(no_less("reliability", "GRACE", mode) for mode in modes),
     )
@@ -236,10 +236,11 @@ SETTING = (
     "the wordings, at the feed-forward of its third layer of four. Everything is measured after the last edit: "
     "reliability in that wording, generalisation in the other three, locality of facts that were not edited, half of "
     "the rest (the other half is what edits see in order to leave it alone). The router of WISE looks at a question's "
-    "last token; 25 edits make a shard, 12 of WISE-Retrieve, and two shards are merged; an edit takes 40 steps at most "
-    "(50 of GRACE); all else is the paper's but for the learning rate. Rates, penalties, the second radius of GRACE "
-    "and the 25 edits of a shard were chosen on a host that knows other facts (seed 100); that 12 suit "
-    "WISE-Retrieve better was seen with seed 0 of these"
+    "last token; WISE-Merge makes two shards, as in the paper, WISE-Retrieve one of every 12 edits; an edit takes 40 "
+    "steps at most (50 of GRACE, 25 of ROME); all else is the papers' but for the learning rate. The covariance of "
+    "ROME is that of all that the host was taught but for the facts asked for locality. Rates, penalties and the "
+    "second radius of GRACE were chosen on a host that knows other facts (seed 100); that 12 suit WISE-Retrieve better "
+    "than 25 was seen with seed 0 of these"
 )
 
 FIFTY = Claim(
@@ -256,9 +257,18 @@ FIFTY = Claim(
 TWO_HUNDRED = Claim(
     statement="The same after more edits",
     test="As above, 200 edits of the 300 facts: 50 others are asked for locality.",
-    variants=editors(200),
+    variants=editors(200) | {NARROW: grace(200, 0.3)},
     columns=COLUMNS,
-    checks=checks("GRACE"),
+    checks=checks("GRACE", NARROW),
+)
+
+ROOM = Claim(
+    statement="The same after more edits, in a host that has room for them",
+    test="As above, 200 edits, in a host of twice the width: its matrix has four times the entries, so as many an edit "
+    "as with 50 edits in the narrow one.",
+    variants=in_wide_host(editors(200) | {NARROW: grace(200, 0.3)}),
+    columns=COLUMNS,
+    checks=checks("GRACE", NARROW),
 )
 
 
@@ -276,5 +286,5 @@ CLAIMS = ClaimSet(
     paper="WISE (arXiv 2405.14768) and GRACE (arXiv 2211.11031)",
     measure=measure,
     shorten=shorten,
-    claims={"fifty": FIFTY, "two_hundred": TWO_HUNDRED, "time": TIME},
+    claims={"fifty": FIFTY, "two_hundred": TWO_HUNDRED, "room": ROOM, "time": TIME},
 )

@@ -78,6 +78,14 @@ def test_every_command_has_help(command, capsys):
     assert f"memzoo {command}" in capsys.readouterr().out or command == "fit"
 
 
+@pytest.mark.parametrize(("command", "times"), [("fit", 1), ("generate", 1), ("list", 0)])
+def test_commands_that_run_models_keep_the_memory_that_they_free(command, times, monkeypatch):
+    calls = []
+    monkeypatch.setattr("memzoo.layers.keep_freed_memory", lambda: calls.append(command))
+    main([command, "--help"])
+    assert calls == [command] * times
+
+
 def test_list_names_the_models_and_layers(capsys):
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
