@@ -17,7 +17,8 @@ def work():
     return torch.empty(12 << 20).fill_(1.0).add(1.0)  # 48 MiB each
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-work(), work()
+for _ in range(8):  # until the heap has found its size
+    work()
 before = faults()
 for _ in range(3):
     work()
@@ -48,7 +49,7 @@ def test_large_tensors_are_made_of_what_was_freed():
     returned, after = faults(calls=True)
     assert returned == "True"
     assert before > PAGES / 64  # or fewer, larger pages
-    assert after < before / 10
+    assert after < before / 4
 
 
 @glibc
