@@ -214,8 +214,9 @@ class HierarchicalMemoryLM(CausalLM):
         memories: Fetched | None = None,
     ) -> tuple[Tensor, CausalLMState]:
         """Return what the head reads of each row's last real token, with ``memories`` as above."""
+        last = 1 if mask is None else None
         features, state = self.forward_features(
-            tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, memories=memories
+            tokens, state, mask=mask, doc_ids=doc_ids, trace=trace, donate=donate, last=last, memories=memories
         )
         return last_token(features, mask), state
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice, check_dtype, check_number, check_positive, check_width
 from memzoo.layers.graph_memory_kept import KeptTables, can_be_marked
-from memzoo.layers.graph_memory_losses import all_weights, default_entropy_floor, report_losses
+from memzoo.layers.graph_memory_losses import all_weights, default_entropy_floor, graph_losses, report_losses
 from memzoo.layers.graph_memory_signals import report_signals
 from memzoo.layers.graph_memory_slots import (
     Slots,
@@ -266,8 +266,7 @@ class GraphMemoryCell(nn.Module):
     def _report_losses(
         self, trace: Trace, tables: GraphTables, routing: GraphRouting, stream: Tensor, mask: Tensor | None
     ) -> None:
-        report_losses(
-            trace,
+        losses = graph_losses(
             self.loss_weights,
             tables,
             routing,
@@ -278,6 +277,7 @@ class GraphMemoryCell(nn.Module):
             entropy_floor=self.edge_entropy_floor,
             usage_target=self.usage_target,
         )
+        report_losses(trace, losses)
 
     def _report_statistics(self, trace: Trace, source: Tensor, x: Tensor, stream: Tensor, mask: Tensor | None) -> None:
         mass, tokens = source_mass(source, mask)

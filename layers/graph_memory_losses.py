@@ -44,31 +44,8 @@ def default_entropy_floor(num_slots: int) -> float:
     return 4.0 * log(num_slots - 1) / log(127)
 
 
-def report_losses(
-    trace: Trace,
-    weights: Mapping[str, float],
-    tables: GraphTables,
-    routing: GraphRouting,
-    *,
-    centroids: Tensor,
-    stream: Tensor,
-    mask: Tensor | None,
-    momentum: Tensor,
-    entropy_floor: float,
-    usage_target: float,
-) -> None:
-    """Report the losses of one cell; arguments are those of ``graph_losses``. A model's are the means of its cells."""
-    losses = graph_losses(
-        weights,
-        tables,
-        routing,
-        centroids=centroids,
-        stream=stream,
-        mask=mask,
-        momentum=momentum,
-        entropy_floor=entropy_floor,
-        usage_target=usage_target,
-    )
+def report_losses(trace: Trace, losses: Mapping[str, Tensor]) -> None:
+    """Report the losses of one cell. A model's are the means of its cells."""
     for name, loss in losses.items():
         trace.pool(name, (loss,), _mean_of_cells)
 

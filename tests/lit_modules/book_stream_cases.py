@@ -17,6 +17,16 @@ BOOKS = {
 }
 
 
+def write_documents(folder: Path) -> Path:
+    """Write twenty documents, and the books in a folder below."""
+    (folder / "books").mkdir(parents=True)
+    for i in range(20):
+        (folder / f"{i:02d}.txt").write_text("".join(f"line {i:02d}.{j}: {i * j:05d}\n" for j in range(3)))
+    for name, text in BOOKS.items():
+        (folder / "books" / name).write_text(text, encoding="utf-8")
+    return folder
+
+
 def small(folder: Path, **options: Any) -> BookStreamData:
     given = {"books": folder / "books", "sequence_length": 16, "batch_size": 4, "validation_fraction": 0.2}
     return BookStreamData(folder, **given | {"chunk_length": 8, "window": 20} | options)

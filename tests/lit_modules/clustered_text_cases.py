@@ -17,6 +17,15 @@ SUBJECTS = (
 )
 
 
+def write_documents(folder: Path) -> Path:
+    """Write sixteen documents of 120 to 150 bytes, each about one of four subjects, no two alike."""
+    folder.mkdir()
+    for i in range(16):
+        subject = SUBJECTS[i % 4]
+        (folder / f"{i:02d}.txt").write_text((f"{i:02d} {subject} " * 9)[: 120 + 2 * i])
+    return folder
+
+
 class Counted:
     """Hashed n-grams that note the texts they are asked for."""
 

@@ -15,7 +15,7 @@ from memzoo.lit_modules.data import BookChunks, BookStreamData, TextData
 from memzoo.lit_modules.data.corpus import NOT_SOURCES, find_longest_files, find_text_files
 from memzoo.lit_modules.data.shards import TokenCache
 from memzoo.lit_modules.objective import NOT_SCORED, NextTokens
-from tests.lit_modules.book_stream_cases import BOOKS, on_devices, quiet, scored, small, streamed
+from tests.lit_modules.book_stream_cases import BOOKS, on_devices, quiet, scored, small, streamed, write_documents
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twenty documents, and the books in a folder below."""
-    folder = tmp_path / "docs"
-    (folder / "books").mkdir(parents=True)
-    for i in range(20):
-        (folder / f"{i:02d}.txt").write_text("".join(f"line {i:02d}.{j}: {i * j:05d}\n" for j in range(3)))
-    for name, text in BOOKS.items():
-        (folder / "books" / name).write_text(text, encoding="utf-8")
-    return folder
+    return write_documents(tmp_path / "docs")
 
 
 def read(rows: Any) -> str:

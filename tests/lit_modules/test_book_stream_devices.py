@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.lit_modules.book_stream_cases import BOOKS, on_devices, quiet, small, streamed
+from tests.lit_modules.book_stream_cases import on_devices, quiet, small, streamed, write_documents
 from tests.lit_modules.processes import run_two
 
 
@@ -21,14 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twenty documents, and the books in a folder below."""
-    folder = tmp_path / "docs"
-    (folder / "books").mkdir(parents=True)
-    for i in range(20):
-        (folder / f"{i:02d}.txt").write_text("".join(f"line {i:02d}.{j}: {i * j:05d}\n" for j in range(3)))
-    for name, text in BOOKS.items():
-        (folder / "books" / name).write_text(text, encoding="utf-8")
-    return folder
+    return write_documents(tmp_path / "docs")
 
 
 def test_devices_stream_whole_books_in_turn(folder: Path):

@@ -15,20 +15,14 @@ from memzoo.lit_modules.data import ClusteredTextData
 from memzoo.lit_modules.data.clustered_text import Windows
 from memzoo.lit_modules.data.rows import Span
 from memzoo.lit_modules.objective import NextTokens
-from tests.lit_modules.clustered_text_cases import SUBJECTS, Counted, folders, small, texts_of
+from tests.lit_modules.clustered_text_cases import Counted, folders, small, texts_of, write_documents
 
 STEPS = 30
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Sixteen documents of 120 to 150 bytes, each about one of four subjects, no two alike."""
-    folder = tmp_path / "docs"
-    folder.mkdir()
-    for i in range(16):
-        subject = SUBJECTS[i % 4]
-        (folder / f"{i:02d}.txt").write_text((f"{i:02d} {subject} " * 9)[: 120 + 2 * i])
-    return folder
+    return write_documents(tmp_path / "docs")
 
 
 def test_windows_are_the_documents_without_gap_or_overlap(folder: Path) -> None:

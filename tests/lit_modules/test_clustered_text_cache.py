@@ -11,20 +11,14 @@ import torch
 from torch import Tensor
 
 from memzoo.layers import ClusterTree
-from tests.lit_modules.clustered_text_cases import SUBJECTS, Counted, folders, small, texts_of
+from tests.lit_modules.clustered_text_cases import Counted, folders, small, texts_of, write_documents
 
 FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Sixteen documents of 120 to 150 bytes, each about one of four subjects, no two alike."""
-    folder = tmp_path / "docs"
-    folder.mkdir()
-    for i in range(16):
-        subject = SUBJECTS[i % 4]
-        (folder / f"{i:02d}.txt").write_text((f"{i:02d} {subject} " * 9)[: 120 + 2 * i])
-    return folder
+    return write_documents(tmp_path / "docs")
 
 
 def test_the_tree_is_fitted_on_training_windows_alone(folder: Path) -> None:
