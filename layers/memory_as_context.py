@@ -202,7 +202,7 @@ class MemoryAsContext(SequenceMixer):
         positions = (positions if state is None else before[:, None] + positions) % self.segment_size
         q_h, queries = self._retrieval_queries(x, None if state is None else state.queries, lengths)
         k, v = self._keys_and_values(x, positions)
-        per_token = (x, q_h, self._queries(x, positions), k, v)
+        per_token = (x, q_h, self._queries(x, positions), k, v, *self._output_gates(x))
         tokens = x.new_empty(0, self.dim) if self.persistent_memory is None else self.persistent_memory.tokens
         persistent = self._keys_and_values(tokens[None], None)
 
@@ -211,13 +211,13 @@ class MemoryAsContext(SequenceMixer):
         context: Tensor | None = None
         if state is not None:
             memory, frozen, context = state.memory, state.frozen, cast(Tensor, state.context).to(k.dtype)
-        outputs, answers, reports = [], [], []
-        for s, (tokens, asked, q, k, v) in enumerate(zip(*map(segments.cut, per_token), strict=True)):
+        outputs, reads, reports = [], [], []
+        for s, (tokens, asked, q, k, v, *gates) in enumerate(zip(*map(segments.cut, per_token), strict=True)):
             slots, begins = segments.slots[s], segments.begins[s]
             begun = s > 0 and state is None and lengths is None  # no row can be fresh
             current = memory.weights if begun and memory else self.memory.current_weights(memory, len(x))
             frozen = _where(begins, current, frozen) if frozen and begins is not None else current
-            h = self.memory.output(self.memory.recall(asked, frozen), tokens)
+            h = self.memory.output(self.memory.recall(asked, frozen), tokens, *gates)
             k_h, v_h = self._keys_and_values(h, slots if self.retrieved_positions else None)
             context = segments.put(context, torch.stack((k_h, v_h, k, v), 2), s)
             keys, values = (
@@ -228,17 +228,16 @@ class MemoryAsContext(SequenceMixer):
             y = self._attend(tokens, q, keys, values, visible)
             report = Trace() if trace is not None and trace.wants_signals else None
             known = s * self.segment_size if state is None else None
-            answer, memory = self.memory.mix(
-                y, memory, lengths=segments.counts[s], trace=report, donate=False, position=known
-            )
+            read, memory = self.memory.mix_heads(y, memory, lengths=segments.counts[s], trace=report, position=known)
             outputs.append(y)
-            answers.append(answer)
+            reads.append(read)
             reports.append({} if report is None else report.signals)
         _hand_on(reports, trace, segments)
         if state is None and len(outputs) == 1:  # the learned M_0 itself, which a state must not share
             frozen = tuple(w.clone(memory_format=torch.contiguous_format) for w in frozen)
         assert memory is not None
-        o = self.out(self.gate(segments.join(outputs), segments.join(answers)))
+        y = segments.join(outputs)
+        o = self.out(self.gate(y, self.memory.output(segments.join(reads), y)))
         return o, MemoryAsContextState(after, document, memory, queries, frozen, context)
 
     def _mix_literally(
@@ -258,7 +257,7 @@ class MemoryAsContext(SequenceMixer):
             y = self._attend(context, self._queries(context, positions), k, v, None)
             q, _ = self.memory.queries(y, self._query_tail(memory), lengths=written)
             report = Trace() if trace is not None and trace.wants_signals else None
-            _, memory = self.memory.mix(y, memory, lengths=written, trace=report, donate=False)
+            _, memory = self.memory.mix_heads(y, memory, lengths=written, trace=report)
             outputs.append(y[rows, own])
             answers.append(self.memory.output(self.memory.recall(q[rows, own], memory.weights), outputs[-1]))
             signals = {} if report is None else report.signals
@@ -305,6 +304,10 @@ class MemoryAsContext(SequenceMixer):
             asked, tail = self.retrieval_conv(asked, tail, lengths=lengths)
         asked = asked.unflatten(-1, (self.memory.num_heads, self.memory.head_dim))
         return unit(asked), tail
+
+    def _output_gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the gates of what is retrieved for the tokens ``x``, if there are any."""
+        return () if self.memory.output_gate is None else (self.memory.output_gate(x),)
 
     def _query_tail(self, memory: NeuralMemoryState | None) -> ShortConvState | None:
         """Return the tail of the convolution of the queries with which ``memory`` would be read next."""

@@ -19,7 +19,9 @@ from memzoo.layers.neural_memory_parts import (
     NeuralMemoryState,
     check_options,
     delay,
+    gate_values,
     hidden_width,
+    implicit_rate,
     is_online,
     join_columns,
     part_columns,
@@ -27,11 +29,11 @@ from memzoo.layers.neural_memory_parts import (
     where_read,
 )
 from memzoo.layers.norm import RMSNorm
+from memzoo.layers.ops.elementwise import silu_product
 from memzoo.layers.ops.memory_arguments import Weights, any_row
 from memzoo.layers.ops.neural_memory import neural_memory_scan
 from memzoo.layers.ops.neural_memory_online import neural_memory_online_scan
 from memzoo.layers.ops.neural_memory_recall import recall
-from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.registry import register_layer
 from memzoo.layers.short_conv import ShortConv, ShortConvState
 from memzoo.layers.state import MixerState
@@ -214,16 +216,22 @@ class NeuralMemory(SequenceMixer):
         )
 
     def mix(
+        self, x: Tensor, state: MixerState | None, *, lengths: Tensor | None, trace: Trace | None, donate: bool
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """Write and read the memory over rows that begin at the left; see ``SequenceMixer.mix``."""
+        y, after = self.mix_heads(x, state, lengths=lengths, trace=trace)
+        return self.output(y, x), after
+
+    def mix_heads(
         self,
         x: Tensor,
         state: MixerState | None,
         *,
         lengths: Tensor | None,
         trace: Trace | None,
-        donate: bool,
         position: int | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """Write and read the memory over rows that begin at the left; see ``SequenceMixer.mix``.
+        """``mix`` without ``output``: what the heads read, (batch, time, heads, head_dim), and the new state.
 
         A caller that knows where all rows stand says so with ``position``, the tokens that each has read, if it is to
         read any now. At the border of a chunk that saves the layout for rows that stand anywhere.
@@ -242,13 +250,15 @@ class NeuralMemory(SequenceMixer):
         if self.lookahead_values:
             k, last = delay(k, None if own is None else own.last_key[0], lengths)
             last_key = (last.to(torch.promote_types(last.dtype, torch.float32)),)
-        gates = self._gate_values(x, k)
+        gates = gate_values(self.gates, x, self.max_learning_rate, momentum=self.momentum, forgetting=self.forgetting)
+        if self.implicit_step:
+            gates = implicit_rate(gates[0], k, self.loss_scale, self.gate_groups), *gates[1:]
         y, weights, momentum, base = self._scan(q, k, v, gates, own, lengths, trace, position)
         if trace is not None:
             for name, gate in zip(("theta", "eta", "alpha"), gates, strict=True):
                 if gate is not None:
                     trace.signal(name, gate)
-        return self.output(y, x), NeuralMemoryState(after, document, weights, momentum, base, conv, last_key)
+        return y, NeuralMemoryState(after, document, weights, momentum, base, conv, last_key)
 
     def _scan(
         self,
@@ -351,13 +361,16 @@ class NeuralMemory(SequenceMixer):
         """
         return recall(q, weights, self.activation, self._norm)
 
-    def output(self, y: Tensor, x: Tensor) -> Tensor:
-        """Turn what the heads read for the tokens ``x`` into (batch, time, dim): norm, gate, projection."""
+    def output(self, y: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Turn what the heads read for the tokens ``x`` into (batch, time, dim): norm, gate, projection.
+
+        ``gate`` is ``output_gate(x)``, where the caller has it already.
+        """
         y = y.flatten(2).to(x.dtype)
         if self.output_norm is not None:
             y = self.output_norm(y)
         if self.output_gate is not None:
-            y = y * F.silu(self.output_gate(x))
+            y = silu_product(self.output_gate(x) if gate is None else gate, y)
         projected: Tensor = self.out(y)
         return projected
 
@@ -377,21 +390,9 @@ class NeuralMemory(SequenceMixer):
             projected, tail = F.silu(projected), None
         else:
             projected, tail = self.conv(projected, tail, lengths=lengths)
-        q, k, v = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        return unit(q), unit(k), v, tail
-
-    def _gate_values(self, x: Tensor, k: Tensor) -> Gates:
-        """Return theta, eta, alpha, each (batch, time, heads * gate_groups), in at least float32."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with no_autocast(x.device):
-            gates = F.linear(x.to(dtype), self.gates.weight.to(dtype), self.gates.bias.to(dtype))
-        values = list(gates.sigmoid().split(self.num_gates, dim=-1))
-        theta = values.pop(0) * self.max_learning_rate
-        if self.implicit_step:
-            squared = k.to(dtype).square().sum(-1).repeat_interleave(self.gate_groups, dim=-1)
-            theta = theta / (1 + self.loss_scale * theta * squared)
-        eta = values.pop(0) if self.momentum else None
-        return theta, eta, values.pop(0) if self.forgetting else torch.zeros_like(theta)
+        projected = projected.unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k = unit(projected[:, :, :2]).unbind(2)
+        return q, k, projected[:, :, 2], tail
 
 
 @register_layer("neural_memory", "mixer")

@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice, check_divisible, check_positive
 from memzoo.layers.ops.activations import ACTIVATIONS
 from memzoo.layers.ops.memory_arguments import Weights
+from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.short_conv import ShortConvState
 from memzoo.layers.state import MixerState
 
@@ -126,6 +127,23 @@ def check_options(
             "implicit_step=True has a closed form for a linear memory written token by token only; use "
             "memory_depth=1, chunk_size=1 and residual_norm=False"
         )
+
+
+def gate_values(linear: nn.Linear, x: Tensor, most: float, *, momentum: bool, forgetting: bool) -> Gates:
+    """Return theta up to ``most``, eta or None, and alpha or zeros, each (batch, time, gates), in at least float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with no_autocast(x.device):
+        gates = F.linear(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
+    values = list(gates.sigmoid().chunk(1 + momentum + forgetting, dim=-1))
+    theta = values.pop(0) * most
+    eta = values.pop(0) if momentum else None
+    return theta, eta, values.pop(0) if forgetting else torch.zeros_like(theta)
+
+
+def implicit_rate(theta: Tensor, k: Tensor, loss_scale: float, groups: int) -> Tensor:
+    """Return the rate of a gradient step that lands where solving a step's loss lands, groups of it a head."""
+    squared = k.to(theta.dtype).square().sum(-1).repeat_interleave(groups, dim=-1)
+    return theta / (1 + loss_scale * theta * squared)
 
 
 def part_columns(weights: Weights, groups: int) -> Weights:

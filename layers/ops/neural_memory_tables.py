@@ -10,6 +10,7 @@ The coefficients obey the recurrence itself, so they are computed by it: no divi
 ``eta = 0`` and ``alpha = 1``.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,8 +173,8 @@ def _run(theta: Tensor, eta: Tensor, keep: Tensor, apply: Tensor | None) -> tupl
     """n_t = eta_t n_{t-1} + theta_t e_t and G_t = keep_t G_{t-1} + apply_t n_t, over rows of C + 2 columns.
 
     Columns are the C tokens, then S_0 and W_0; n_0 and G_0 are their unit vectors. Time is the first axis, so every
-    step is one pass over contiguous memory. Written out, with its reverse, because autograd would keep and replay C
-    small steps.
+    step is one pass over contiguous memory. Written out, with its reverse, because autograd would keep and replay all
+    the small steps.
     """
     size, rows = theta.shape
     momentum = theta.new_zeros(size + 1, rows, size + 2)
@@ -181,11 +182,11 @@ def _run(theta: Tensor, eta: Tensor, keep: Tensor, apply: Tensor | None) -> tupl
     momentum[0, :, size] = 1
     weights[0, :, size + 1] = 1
     torch.diagonal(momentum[1:, :, :size], dim1=0, dim2=2).copy_(theta.T)
-    for t in range(1, size + 1):
-        momentum[t].addcmul_(momentum[t - 1], eta[t - 1, :, None])
+    momentum[1].addcmul_(momentum[0], eta[0, :, None])
+    _accumulate(momentum[1:], eta)
     torch.mul(momentum[1:], 1 if apply is None else apply[:, :, None], out=weights[1:])
-    for t in range(1, size + 1):
-        weights[t].addcmul_(weights[t - 1], keep[t - 1, :, None])
+    weights[1].addcmul_(weights[0], keep[0, :, None])
+    _accumulate(weights[1:], keep)
     return momentum, weights
 
 
@@ -200,13 +201,47 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """Return the gradients of ``_run``'s arguments; ``d_weights`` is used up."""
     size = eta.shape[0]
-    for t in range(size, 0, -1):
-        d_weights[t - 1].addcmul_(d_weights[t], keep[t - 1, :, None])
+    _accumulate_back(d_weights[1:], keep)
+    d_weights[0].addcmul_(d_weights[1], keep[0, :, None])
     d_keep = (d_weights[1:] * weights[:-1]).sum(-1)
     d_momentum = d_weights[1:] if apply is None else d_weights[1:] * apply[:, :, None]
     d_momentum[-1] += d_last
-    for t in range(size - 1, 0, -1):
-        d_momentum[t - 1].addcmul_(d_momentum[t], eta[t, :, None])
+    _accumulate_back(d_momentum, eta)
     d_theta = torch.diagonal(d_momentum[:, :, :size], dim1=0, dim2=2).T
     d_eta = (d_momentum * momentum[:-1]).sum(-1)
     return d_theta, d_eta, d_keep, None
+
+
+def _accumulate(x: Tensor, gate: Tensor) -> None:
+    """``x_t += gate_t x_{t-1}`` in place, t = 1 .. T - 1: x (T, rows, columns), gate (T, rows).
+
+    In blocks of about sqrt(T) steps: all blocks at once as if nothing came before them, then one after the other what
+    did. That is 2 sqrt(T) passes over many rows in place of T over few, whose dispatch would cost more than they do.
+    """
+    size, block = len(x), math.isqrt(len(x))
+    number = size // block
+    blocks, gates = (part[: number * block].unflatten(0, (number, block)) for part in (x, gate[..., None]))
+    reach = gates.clone()  # of what came before a block, at each of its steps
+    for i in range(1, block):
+        blocks[:, i].addcmul_(blocks[:, i - 1], gates[:, i])
+        reach[:, i].mul_(reach[:, i - 1])
+    for j in range(1, number):
+        blocks[j].addcmul_(blocks[j - 1, -1], reach[j])
+    for t in range(number * block, size):
+        x[t].addcmul_(x[t - 1], gate[t, :, None])
+
+
+def _accumulate_back(x: Tensor, gate: Tensor) -> None:
+    """``x_{t-1} += gate_t x_t`` in place, t = T - 1 .. 1: the reverse of ``_accumulate``, likewise in blocks."""
+    size, block = len(x), math.isqrt(len(x))
+    number = size // block
+    blocks, gates = (part[: number * block].unflatten(0, (number, block)) for part in (x, gate[..., None]))
+    for t in range(size - 1, number * block - 1, -1):
+        x[t - 1].addcmul_(x[t], gate[t, :, None])
+    reach = torch.empty_like(gates[1:])  # of what comes behind a block, at each of its steps
+    reach[:, -1] = gates[1:, 0]
+    for i in range(block - 1, 0, -1):
+        blocks[:, i - 1].addcmul_(blocks[:, i], gates[:, i])
+        reach[:, i - 1] = reach[:, i] * gates[:-1, i]
+    for j in range(number - 2, -1, -1):
+        blocks[j].addcmul_(blocks[j + 1, 0], reach[j])

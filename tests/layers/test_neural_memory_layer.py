@@ -138,9 +138,9 @@ def test_05_a_position_known_to_the_caller_changes_nothing(position):
     ended = layer(x[:, : position - 2])[1].reorder([0])  # a row that stopped elsewhere and gets no token
     mixed = tree_map(lambda a, b: torch.cat([a[:1], b]), state, ended)
     for start, lengths in ((state, None), (mixed, torch.tensor([14 - position, 0]))):
-        same: dict[str, Any] = dict(lengths=lengths, trace=None, donate=False)
-        actual = layer.mix(x[:, position:], start, **same, position=position)
-        assert_close(tree_leaves(actual), tree_leaves(layer.mix(x[:, position:], start, **same)))
+        same: dict[str, Any] = dict(lengths=lengths, trace=None)
+        actual = layer.mix_heads(x[:, position:], start, **same, position=position)
+        assert_close(tree_leaves(actual), tree_leaves(layer.mix_heads(x[:, position:], start, **same)))
 
 
 @settings(random_cases, max_examples=12)
