@@ -10,6 +10,7 @@ from memzoo.layers.side_memory import SideMemory
 from memzoo.lit_modules.schedule import make_scheduler
 
 EPS = 1e-7  # of AdamW
+FUSED = ("cpu", "cuda")  # devices with a step of AdamW in one pass, whatever else torch knows
 
 
 class MemoryLearner:
@@ -28,12 +29,14 @@ class MemoryLearner:
         """Forget the document before."""
         chosen = self._chosen
         self.memory.reset()
+        parameters = list(self.memory.parameters())
         self._optimizer = torch.optim.AdamW(
-            self.memory.parameters(),
+            parameters,
             lr=chosen["memory_learning_rate"],
             betas=tuple(chosen["memory_betas"]),
             eps=EPS,
             weight_decay=chosen["memory_weight_decay"],
+            fused=all(parameter.device.type in FUSED for parameter in parameters),
         )
         warmup = chosen["memory_warmup_steps"]
         self._schedule = make_scheduler(self._optimizer, "constant", warmup_steps=warmup, max_steps=1)

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,6 +15,7 @@ from memzoo.layers.errors import check_choice, check_count, check_number
 from memzoo.layers.registry import layer_entry, list_layers
 from memzoo.layers.side_memory import SideMemory
 from memzoo.lit_modules.causal_lm import CausalLMModule, data_module
+from memzoo.lit_modules.chunk_reader import ChunkReader
 from memzoo.lit_modules.memory_learner import MemoryLearner
 from memzoo.lit_modules.metrics import SUM_DTYPE
 from memzoo.lit_modules.objective import NextTokens
@@ -63,6 +63,9 @@ class TestTimeTrainingModule(CausalLMModule):
             again, between two that read it. Saves time; the state was computed with an older memory, and up to
             ``reuse_state`` chunks more than the window are in view. With more than one step per chunk it is that of the
             reading that was scored. Without memory, ``compare`` always reads the prefix.
+        prefix_gradient: Whether the gradient of a chunk's targets reaches the memory through what it said of the prefix
+            too. Without, what the model made of the prefix is taken as given, and a step costs a backward pass over the
+            chunk alone; the scores of a memory are the same to rounding.
         compare: Score every chunk without memory too.
         retention: Measure the held-out loss, on the data module's ``held_out_batches()``.
         memory_folder: Where the memory that each document has left is kept, as ``NUMBER.safetensors`` of the document,
@@ -105,6 +108,7 @@ class TestTimeTrainingModule(CausalLMModule):
         memory_max_gradient_norm: float | None = None,
         steps_per_chunk: int = 1,
         reuse_state: int = 0,
+        prefix_gradient: bool = True,
         compare: bool = True,
         retention: bool = True,
         memory_folder: str | None = None,
@@ -123,6 +127,7 @@ class TestTimeTrainingModule(CausalLMModule):
         check_count("memory_warmup_steps", memory_warmup_steps)
         check_count("steps_per_chunk", steps_per_chunk)
         check_count("reuse_state", reuse_state)
+        check_choice("prefix_gradient", prefix_gradient, (False, True))
         super().__init__(model, overrides, **options)
         if memory is not None:
             self._check_memory(self._attach())  # refuses now what a test would only refuse with its data at hand
@@ -131,7 +136,7 @@ class TestTimeTrainingModule(CausalLMModule):
         self.held_out_after: dict[int, float] = {}
         # While a test runs; no submodule, so that no checkpoint holds a memory.
         self._learner: MemoryLearner | None = None
-        self._state: Any = None  # behind the chunk before
+        self._reader: ChunkReader | None = None
         self._sums = torch.zeros(5, dtype=SUM_DTYPE)
 
     @property
@@ -169,7 +174,7 @@ class TestTimeTrainingModule(CausalLMModule):
         before = self.stream[-1] if self.stream else None
         if chunk.number == 0:
             self._end_document()
-            self._state = None
+            self._open_reader.start()
             if self._learner is not None:
                 self._learner.start()
         elif before is None or (before.document, before.chunk + 1) != (chunk.document, chunk.number):
@@ -181,48 +186,34 @@ class TestTimeTrainingModule(CausalLMModule):
 
     def _read_and_learn(self, chunk: Chunk) -> Tensor:
         """Return the sum of the losses with the memory as it is, and update it."""
-        learner, steps = cast(MemoryLearner, self._learner), self.hparams["steps_per_chunk"]
+        learner, reader = cast(MemoryLearner, self._learner), self._open_reader
+        steps = self.hparams["steps_per_chunk"]
         with torch.set_grad_enabled(steps > 0):
-            pieces, losses, state = self._read(chunk)
+            pieces, losses, state = reader.read(chunk)
         score = _sum(pieces, losses)
         for step in range(steps):
             with torch.enable_grad():
                 if step > 0:
                     learner.memory.train()
-                    pieces, losses, _ = self._read(chunk)
+                    pieces, losses, _ = reader.read(chunk)
                     learner.memory.eval()
                 learner.step(pieces.mean(losses))
-        self._keep(state)
+        reader.keep(state)
         return score
 
     @torch.no_grad()
     def _read_plainly(self, chunk: Chunk) -> Tensor:
         """Return the sum of the losses without memory, from the prefix."""
         with nullcontext() if self._learner is None else self._learner.memory.disabled():
-            pieces, losses, state = self._read(chunk, afresh=self._learner is not None)
+            pieces, losses, state = self._open_reader.read(chunk, afresh=self._learner is not None)
         if self._learner is None or chunk.number == 0:
-            self._keep(state)
+            self._open_reader.keep(state)
         return _sum(pieces, losses)
 
-    def _read(self, chunk: Chunk, *, afresh: bool = False) -> tuple[NextTokens, Tensor, Any]:
-        """Return a chunk's targets, their losses and the state behind it, from the prefix or the state before."""
-        afresh = afresh or chunk.number % (self.hparams["reuse_state"] + 1) == 0
-        pieces = chunk.pieces(0 if afresh else chunk.prefix)
-        wanted = {}
-        if afresh and chunk.prefix and self._takes_last:
-            wanted["last"] = chunk.scored
-        logits, state = self.model(pieces.inputs, None if afresh else self._state, **wanted)
-        pieces = pieces.last(logits.shape[1])
-        return pieces, pieces.losses(logits), state
-
     @property
-    def _takes_last(self) -> bool:
-        """Whether the model can leave out what serves no target of the chunk."""
-        return "last" in signature(self.model.forward).parameters
-
-    def _keep(self, state: Any) -> None:
-        if self.hparams["reuse_state"] > 0:
-            self._state = state.detach()
+    def _open_reader(self) -> ChunkReader:
+        """What reads the chunks of the running test."""
+        return cast(ChunkReader, self._reader)
 
     @property
     def _compares(self) -> bool:
@@ -311,6 +302,10 @@ class TestTimeTrainingModule(CausalLMModule):
         """Attach the memory."""
         self.stream, self.held_out_before, self.held_out_after = [], None, {}
         self._sums = torch.zeros_like(self._sums)
+        chosen = self.hparams
+        self._reader = ChunkReader(
+            self.model, reuse_state=chosen["reuse_state"], prefix_gradient=chosen["prefix_gradient"]
+        )
         if self.hparams["memory"] is None:
             return
         if self.hparams["retention"]:
@@ -325,8 +320,7 @@ class TestTimeTrainingModule(CausalLMModule):
         """Give the host back as it was; nothing is done where no test has attached a memory."""
         if self._learner is not None:
             self._learner.memory.detach()
-        self._learner = None
-        self._state = None
+        self._learner = self._reader = None
 
     def _check_memory(self, memory: SideMemory) -> None:
         memory.detach()

@@ -188,7 +188,65 @@ def test_reused_states_are_those_behind_the_chunk_before(name):
     again = module(model=model)
     streamed(again)
     assert losses(again)[1] != pytest.approx(losses(lit)[1], rel=1e-9), "the prefix was read anew"
-    assert again._state is None
+    assert again._reader is None
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("name", ["transformer_tiny", "mom_tiny"])
+def test_without_prefix_gradient_the_prefix_is_given(monkeypatch, name, steps):
+    sizes = {} if name == "transformer_tiny" else {"num_memories": 2, "top_k": 1}
+    torch.manual_seed(0)
+    model = create_model(name, vocab_size=11, dim=16, depth=2, num_heads=1, **sizes).double().eval()
+    lit, rows = module(model=model, prefix_gradient=False, steps_per_chunk=steps), []
+    beside = LowRank.beside
+    monkeypatch.setattr(LowRank, "beside", lambda self, index, x, y: (_note(rows, x), beside(self, index, x, y))[1])
+    streamed(lit)
+    assert set(rows) <= set(range(1, CHUNK + 1)), "a graph is kept of the chunk alone"
+    memory, expected = LowRank(model), []
+    optimizer = torch.optim.AdamW(memory.parameters(), lr=0.05, eps=EPS, weight_decay=0.0)
+    taken = 0
+    for index, batch in enumerate(batch for batch in Stream().test_dataloader() if batch["document"] == 0):
+        prefix = int(batch["prefix"])
+        for step in range(steps if index else 1):
+            state = None
+            if prefix:
+                with torch.no_grad():
+                    _, state = model(batch["tokens"][:, :prefix])
+            loss, _ = chunk_loss(model, batch, state, prefix)
+            expected += [loss.item()] if step == 0 else []
+            if index:
+                taken += 1
+                optimizer.param_groups[0]["lr"] = 0.05 * min(taken / 2, 1)
+                (loss / targets(batch)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    memory.detach()
+    assert losses(lit) == pytest.approx(expected, rel=1e-9)
+    whole = module(model=model, steps_per_chunk=steps)
+    streamed(whole)
+    assert losses(whole)[:2] == pytest.approx(losses(lit)[:2], rel=1e-12), "a score does not depend on the gradient"
+    assert losses(whole)[2:] != pytest.approx(losses(lit)[2:], rel=1e-6)
+    assert plain_losses(whole) == plain_losses(lit)
+
+
+def _note(rows: list[int], x) -> None:
+    if torch.is_grad_enabled():
+        rows.append(x.shape[1])
+
+
+def test_without_prefix_gradient_a_model_of_transformers_reads_the_same():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, **sizes)).double()
+    options = {"memory": "locas", "memory_options": {"rank": 4}, "memory_learning_rate": 0.0}
+    whole, given = (module(model=HuggingFaceLM.of(llama), prefix_gradient=p, **options) for p in (True, False))
+    streamed(whole)
+    streamed(given)
+    assert losses(given) == pytest.approx(losses(whole), rel=1e-9)
+    learns = module(model=HuggingFaceLM.of(llama), prefix_gradient=False, **(options | {"memory_learning_rate": 0.05}))
+    streamed(learns)
+    assert losses(learns)[2:] != pytest.approx(losses(given)[2:], rel=1e-6)
 
 
 @pytest.mark.parametrize("memory", ["locas", "temp_lora"])

@@ -161,6 +161,7 @@ def test_a_fit_trains_the_host_as_ever_and_its_checkpoint_is_streamed(tmp_path):
         ({"memory_warmup_steps": -1}, "memory_warmup_steps=-1 is not a whole number >= 0"),
         ({"steps_per_chunk": 0.5}, "steps_per_chunk=0.5 is not a whole number >= 0"),
         ({"reuse_state": -1}, "reuse_state=-1 is not a whole number >= 0"),
+        ({"prefix_gradient": "no"}, "prefix_gradient='no'"),
         ({"model": nn.Linear(2, 2)}, "feed-forward"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
