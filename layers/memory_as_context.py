@@ -24,8 +24,8 @@ from memzoo.layers.norm import RMSNorm
 from memzoo.layers.ops.memory_arguments import Weights, any_row
 from memzoo.layers.persistent_memory import PersistentMemory
 from memzoo.layers.registry import register_layer
-from memzoo.layers.rotary import Rotary
-from memzoo.layers.segments import Segments
+from memzoo.layers.rotary import Angles, Rotary
+from memzoo.layers.segments import Segments, visible_keys
 from memzoo.layers.short_conv import ShortConv, ShortConvState
 from memzoo.layers.state import MixerState
 from memzoo.layers.trace import Trace
@@ -200,9 +200,10 @@ class MemoryAsContext(SequenceMixer):
         # What the memory has no part in, for all segments at once.
         positions = torch.arange(x.shape[1], device=x.device)
         positions = (positions if state is None else before[:, None] + positions) % self.segment_size
+        angles = None if self.rotary is None else self.rotary.angles(positions)
         q_h, queries = self._retrieval_queries(x, None if state is None else state.queries, lengths)
-        k, v = self._keys_and_values(x, positions)
-        per_token = (x, q_h, self._queries(x, positions), k, v, *self._output_gates(x))
+        k, v = self._keys_and_values(x, angles)
+        per_token = (x, q_h, self._queries(x, angles), k, v, *self._output_gates(x))
         tokens = x.new_empty(0, self.dim) if self.persistent_memory is None else self.persistent_memory.tokens
         persistent = self._keys_and_values(tokens[None], None)
 
@@ -211,20 +212,24 @@ class MemoryAsContext(SequenceMixer):
         context: Tensor | None = None
         if state is not None:
             memory, frozen, context = state.memory, state.frozen, cast(Tensor, state.context).to(k.dtype)
+        fresh = state is None and lengths is None  # every row fills its segments from their first slots, to the end
         outputs, reads, reports = [], [], []
         for s, (tokens, asked, q, k, v, *gates) in enumerate(zip(*map(segments.cut, per_token), strict=True)):
             slots, begins = segments.slots[s], segments.begins[s]
-            begun = s > 0 and state is None and lengths is None  # no row can be fresh
-            current = memory.weights if begun and memory else self.memory.current_weights(memory, len(x))
+            current = memory.weights if fresh and memory else self.memory.current_weights(memory, len(x))
             frozen = _where(begins, current, frozen) if frozen and begins is not None else current
             h = self.memory.output(self.memory.recall(asked, frozen), tokens, *gates)
-            k_h, v_h = self._keys_and_values(h, slots if self.retrieved_positions else None)
-            context = segments.put(context, torch.stack((k_h, v_h, k, v), 2), s)
+            places = angles if len(segments.slots) == 1 else slots
+            k_h, v_h = self._keys_and_values(h, places if self.retrieved_positions else None)
+            seen: tuple[Tensor, ...] = (k_h, v_h, k, v)
+            if not fresh or s >= len(segments.slots) - 2:  # a state holds slots of the last segment and the one before
+                context = segments.put(context, torch.stack(seen, 2), s)
+            if not fresh:
+                seen = cast(Tensor, context).unbind(2)
             keys, values = (
-                torch.cat((p.expand(len(x), -1, -1, -1), context[:, :, i], context[:, :, i + 2]), 1)
-                for i, p in enumerate(persistent)
+                torch.cat((p.expand(len(x), -1, -1, -1), seen[i], seen[i + 2]), 1) for i, p in enumerate(persistent)
             )
-            visible = visible_keys(slots, self.segment_size, self.num_persistent_tokens)
+            visible = visible_keys(slots, seen[0].shape[1], self.num_persistent_tokens)
             y = self._attend(tokens, q, keys, values, visible)
             report = Trace() if trace is not None and trace.wants_signals else None
             known = s * self.segment_size if state is None else None
@@ -315,15 +320,15 @@ class MemoryAsContext(SequenceMixer):
             return None
         return ShortConvState(memory.conv.tail[..., : self.memory.num_heads * self.memory.head_dim])
 
-    def _queries(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _queries(self, x: Tensor, positions: Tensor | Angles | None) -> Tensor:
         return self._rotate(self.query_norm(self.query(x).unflatten(-1, (self.num_heads, self.head_dim))), positions)
 
-    def _keys_and_values(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, x: Tensor, positions: Tensor | Angles | None) -> tuple[Tensor, Tensor]:
         """Return keys and values (batch, time, heads, head_dim); the keys are not rotated without positions."""
         k, v = self.key_value(x).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
         return self._rotate(self.key_norm(k), positions), v
 
-    def _rotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor | Angles | None) -> Tensor:
         return x if self.rotary is None or positions is None else cast(Tensor, self.rotary(x, positions))
 
     def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
@@ -361,23 +366,6 @@ class MemoryAsContext(SequenceMixer):
         """Segment and heads."""
         form = "literal, " if self.literal else ""
         return f"{form}segment_size={self.segment_size}, num_heads={self.num_heads}, head_dim={self.head_dim}"
-
-
-def visible_keys(slots: Tensor, segment_size: int, num_persistent_tokens: int) -> Tensor:
-    """Return which keys of [P || h || S] a token of S sees in the causal form: all of P, h and S up to itself.
-
-    Args:
-        slots: Where in their segment the tokens stand.
-        segment_size: Slots of h, and of S.
-        num_persistent_tokens: Tokens of P.
-
-    Shape:
-        slots: (queries,), or (batch, queries) where rows differ. Returns bool (queries, N_p + 2 segment_size), or
-        (batch, 1, queries, N_p + 2 segment_size).
-    """
-    reached = torch.arange(segment_size, device=slots.device) <= slots[..., None]
-    visible = F.pad(torch.cat((reached, reached), -1), (num_persistent_tokens, 0), value=True)
-    return visible if slots.dim() == 1 else visible[:, None]
 
 
 def _where(rows: Tensor, yes: Weights, no: Weights) -> Weights:

@@ -390,9 +390,9 @@ class NeuralMemory(SequenceMixer):
             projected, tail = F.silu(projected), None
         else:
             projected, tail = self.conv(projected, tail, lengths=lengths)
-        projected = projected.unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k = unit(projected[:, :, :2]).unbind(2)
-        return q, k, projected[:, :, 2], tail
+        asked, v = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).split((2, 1), 2)
+        q, k = unit(asked).unbind(2)
+        return q, k, v.squeeze(2), tail
 
 
 @register_layer("neural_memory", "mixer")

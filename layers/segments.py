@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,20 @@ class Segments:
             new = new[torch.arange(batch, device=new.device)[:, None], token.clamp(0, width - 1)]
         old = new.new_zeros(batch, self.size, *new.shape[2:]) if cache is None else cache
         return torch.where(inside.view(*inside.shape, *[1] * (new.dim() - 2)), new, old)
+
+
+def visible_keys(slots: Tensor, segment_size: int, num_persistent_tokens: int) -> Tensor:
+    """Return which keys of [P || h || S] a token of S sees in the causal form: all of P, h and S up to itself.
+
+    Args:
+        slots: Where in their segment the tokens stand.
+        segment_size: Slots of h, and of S.
+        num_persistent_tokens: Tokens of P.
+
+    Shape:
+        slots: (queries,), or (batch, queries) where rows differ. Returns bool (queries, N_p + 2 segment_size), or
+        (batch, 1, queries, N_p + 2 segment_size).
+    """
+    reached = torch.arange(segment_size, device=slots.device) <= slots[..., None]
+    visible = F.pad(torch.cat((reached, reached), -1), (num_persistent_tokens, 0), value=True)
+    return visible if slots.dim() == 1 else visible[:, None]

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from memzoo.layers.memory_as_context import MemoryAsContext, visible_keys
+from memzoo.layers.memory_as_context import MemoryAsContext
 from memzoo.layers.neural_memory import NeuralMemory
 from memzoo.layers.reference.memory_as_context import memory_as_context as reference
+from memzoo.layers.segments import visible_keys
 from memzoo.layers.trace import Trace
 from tests.layers.memory_as_context_cases import OPTIONS, build, tokens
 from tests.layers.neural_memory_cases import assert_close, assert_same_bits
