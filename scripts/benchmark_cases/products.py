@@ -43,6 +43,39 @@ def memory_products(
     return tuple(products)
 
 
+def context_products(
+    batch: int, time: int, *, dim: int, heads: int, segment_size: int, persistent: int, hidden_dim: int, expansion: int
+) -> tuple[Product, ...]:
+    """Products of a block of ``TitansMAC`` with a memory of two layers, forward and backward."""
+    tokens, segments, head_dim = batch * time, time // segment_size, dim // heads
+    rows, keys, inner = batch * heads, persistent + 2 * segment_size, expansion * head_dim
+    # For all tokens at once q, k, v of attention, the question, the gates of both answers, the last answer, the output;
+    # for a segment the answer to the question, its keys and values, attention's output, q, k, v of the memory.
+    return (
+        *_linear(tokens, dim, dim, 8),
+        *_linear(batch * segment_size, dim, dim, segments * 7),
+        *_linear(tokens, dim, hidden_dim, 2),
+        *_linear(tokens, hidden_dim, dim, 1),
+        Product(rows, segment_size, head_dim, keys, count=segments * 3),  # scores, again backward; backward of mixing
+        Product(rows, segment_size, keys, head_dim, count=segments * 2),  # mixing; backward of the queries
+        Product(rows, keys, segment_size, head_dim, count=segments * 2),  # backward of keys and values
+        Product(rows, segment_size, head_dim, inner, count=segments * 2),  # what is recalled; its backward
+        Product(rows, segment_size, inner, head_dim, count=segments * 2),
+        Product(rows, head_dim, segment_size, inner, count=segments),
+        Product(rows, inner, segment_size, head_dim, count=segments),
+        *memory_products(batch, time, heads, head_dim=head_dim, depth=2, expansion=expansion, chunk_size=segment_size),
+    )
+
+
+def _linear(tokens: int, width_in: int, width_out: int, count: int) -> tuple[Product, ...]:
+    """Products of as many linear layers: forward, of their input's gradient, of their weight's."""
+    return (
+        Product(1, tokens, width_in, width_out, count=count),
+        Product(1, tokens, width_out, width_in, count=count),
+        Product(1, width_out, tokens, width_in, count=count),
+    )
+
+
 def online_products(batch: int, time: int, heads: int, *, head_dim: int, chunk_size: int) -> tuple[Product, ...]:
     """Products of ``ops.neural_memory_online`` with momentum; the triangular solve counts as nothing."""
     rows, chunks, c, d = batch * heads, time // chunk_size, chunk_size, head_dim

@@ -34,18 +34,32 @@ def loss(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[0], tokens[0, -CHUNK:])
 
 
-def learn(attach: Callable[[Transformer], SideMemory], epochs: int | None = None) -> Work:
+def loss_of_chunk(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the same with a graph of the chunk alone: what is read of the prefix is given."""
+    prefix = WINDOW - CHUNK
+    with torch.no_grad():
+        _, state = model(tokens[:, :prefix], last=1)
+    logits, _ = model(tokens[:, prefix:-1], state)
+    return F.cross_entropy(logits[0], tokens[0, -CHUNK:])
+
+
+def learn(
+    attach: Callable[[Transformer], SideMemory],
+    epochs: int | None = None,
+    loss: Callable[[Transformer, torch.Tensor], torch.Tensor] = loss,
+) -> Work:
     """Read a window with a memory, take the loss of its chunk, and update the memory by it.
 
     Args:
         attach: Attaches the memory.
         epochs: Readings to learn from, after one that scores; None learns from the reading that scores.
+        loss: Of a window.
     """
     model, tokens = host(), torch.randint(VOCABULARY, (1, WINDOW + 1))
     memory = attach(model)
     if isinstance(memory, Locas):
         memory.memorize(tokens)
-    optimizer = torch.optim.AdamW(memory.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(memory.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
 
     def work() -> None:
         if epochs is not None:
@@ -59,9 +73,9 @@ def learn(attach: Callable[[Transformer], SideMemory], epochs: int | None = None
     return work
 
 
-def locas(rank: int) -> Work:
+def locas(rank: int, *, prefix_gradient: bool = True) -> Work:
     """Learn with Locas."""
-    return learn(lambda model: Locas.attach(model, rank=rank))
+    return learn(lambda model: Locas.attach(model, rank=rank), loss=loss if prefix_gradient else loss_of_chunk)
 
 
 def temp_lora(rank: int, epochs: int | None = None) -> Work:
@@ -110,8 +124,23 @@ CASES = [
             Variant(ALONE, score_alone, CHUNK),
         ],
         note="Tokens are those of the chunk. By arithmetic the backward pass of a frozen model costs as much as its "
-        "forward pass, so that learning takes twice as long as scoring. Temp-LoRA's script scores a chunk and then "
-        "trains two epochs on it.",
+        "forward pass, so that learning takes twice as long as scoring; but of attention, whose scores it computes "
+        "again, it has five products where the forward pass has two. Temp-LoRA's script scores a chunk and then trains "
+        "two epochs on it.",
+        targets={ALONE: 1 / 2.2},
+    ),
+    Case(
+        "side_memory_stream_of_chunk",
+        "side_memory",
+        f"Reading a window of {WINDOW} tokens and learning its last {CHUNK}, the prefix given: {DEPTH} blocks of width "
+        f"{DIM}",
+        [
+            Variant("memzoo Locas, rank 16", lambda: locas(16, prefix_gradient=False), CHUNK),
+            Variant("memzoo Locas, rank 64", lambda: locas(64, prefix_gradient=False), CHUNK),
+            Variant(ALONE, score_alone, CHUNK),
+        ],
+        note="With `prefix_gradient=False`: the prefix is read without a graph, the chunk from the state behind it. By "
+        "arithmetic the backward pass then costs as much as the forward pass over the chunk, half of the window.",
         targets={ALONE: 1 / 2.2},
     ),
     Case(

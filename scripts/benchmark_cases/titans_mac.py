@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmark_cases.case import Case, Variant, Work, missing
+from benchmark_cases.case import Case, Product, Variant, Work, missing
 from benchmark_cases.neural_memory import unit_keys
+from benchmark_cases.products import context_products
 from memzoo.arch.titans_mac import TitansMAC
 
 OURS = "memzoo TitansMAC (per-token gates, conv, retrieval)"
@@ -44,6 +45,26 @@ class Setting:
     def head_dim(self) -> int:
         """Width of a head."""
         return self.dim // self.num_heads
+
+    def products(self, batch: int, time: int) -> tuple[Product, ...]:
+        """Return the matrix products of a training step of ours."""
+        block = context_products(
+            batch,
+            time,
+            dim=self.dim,
+            heads=self.num_heads,
+            segment_size=self.segment_size,
+            persistent=self.num_persistent_tokens,
+            hidden_dim=self.hidden_dim,
+            expansion=2,
+        )
+        head = Product(1, batch * time, self.dim, self.vocab_size, count=3)
+        return (*block * self.depth, head)
+
+    def weight_bytes(self) -> int:
+        """Return the size of the weights of ours, in float32."""
+        with torch.device("meta"):
+            return 4 * sum(p.numel() for p in self.ours().parameters())
 
     def ours(self) -> TitansMAC:
         """Return our model."""
@@ -172,6 +193,8 @@ def cases(
     def decoded(name: str, **options: Any) -> Variant:
         return Variant(name, lambda: decode_peer(s, prompt, new, **options), new, missing=absent)
 
+    products = s.products(batch, time)
+    floor = f"\nThe products of a step of ours are {sum(p.flops for p in products) / 1e9:.0f} GFLOP."
     few = 2 * s.segment_size  # it keeps weights for every token: time and memory are those of its tokens
     short = f"{EXACT}, {few} tokens"
     return [
@@ -180,11 +203,11 @@ def cases(
             "mac",
             f"Titans MAC, training: {sizes}; batch {batch}, {time} tokens; forward and backward of the loss",
             [
-                Variant(OURS, lambda: train_ours(s, batch, time), batch * time),
+                Variant(OURS, lambda: train_ours(s, batch, time), batch * time, products),
                 *(trained(name, time, **options) for name, options in wiring.items()),
                 trained(short, few, chunk=1),
             ],
-            note=NOTE,
+            note=NOTE + floor,
             targets={MOVING: 3.0, short: 3.0},
             most_memory={MOVING: 0.5, short: 0.5},
         ),
@@ -199,7 +222,8 @@ def cases(
             ],
             note="The models above. Ours writes its memory with every token, titans-pytorch's at the end of a "
             "segment, with chunk 1 with every token. Reading the prompt is not timed; its length is a multiple of the "
-            "segment, since titans-pytorch's cache loses the running segment after a longer prompt that is not.",
+            "segment, since titans-pytorch's cache loses the running segment after a longer prompt that is not. "
+            f"A step of ours reads {s.weight_bytes() / 1e6:.0f} MB of weights.",
             targets={MOVING: 5.0, EXACT: 5.0},
             has_memory=False,
         ),

@@ -309,7 +309,8 @@ TIME = Claim(
     f"medians of {ROUNDS} interleaved rounds on one thread. Of the host's feed-forwards 4 slots are a share of 1/128, "
     "about the published one (64 of 6,144), 16 are 1/32 and 64 are 1/8. TempLoRA also with two steps a chunk, the "
     f"first of which shares the reading that is scored; its script reads a third time. With {GIVEN}, as above, the "
-    "backward pass runs over the chunk, which is half of the window.",
+    "backward pass runs over the chunk, which is half of the window; calling so small a host twice costs as much as "
+    "that saves (not so at width 384: `docs/BENCHMARKS.md`).",
     variants={
         **{f"Locas, {rank} slots": timing("locas", rank) for rank in (4, 16, 64)},
         **{f"Locas, {rank} slots, {GIVEN}": timing("locas", rank, prefix_gradient=False) for rank in (16, 64)},
