@@ -161,7 +161,8 @@ class CausalLM(nn.Module):
             trace: Collects losses and signals.
             donate: Allow the storage of ``state`` to be reused.
             last: Tokens at the end of the call whose logits are wanted, at least 1; None for all. What serves none of
-                them is left out: the head and, in most models, the last block's channel layer.
+                them is left out: the head and, in most models, the last block's channel layer, which tells ``trace`` of
+                these tokens alone.
             **reads: What an architecture's ``forward_features`` takes besides, such as the memories of a bank; so in
                 ``prefill`` and ``step``.
 

@@ -7,6 +7,7 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MOST = 2**31 - 1  # bytes: mallopt takes an int
 VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+TUNABLES = ("glibc.malloc.mmap_threshold", "glibc.malloc.trim_threshold")  # in GLIBC_TUNABLES
 
 
 def keep_freed_memory() -> bool:
@@ -17,10 +18,13 @@ def keep_freed_memory() -> bool:
     shrinks less between peaks. Call it before tensors of that size are made; it holds for the rest of the process.
 
     Returns:
-        Whether it was done: False where the C library is not glibc, and where ``MALLOC_MMAP_THRESHOLD_`` or
-        ``MALLOC_TRIM_THRESHOLD_`` of the environment says what to do.
+        Whether it was done: False where the C library is not glibc, and where ``MALLOC_MMAP_THRESHOLD_``,
+        ``MALLOC_TRIM_THRESHOLD_`` or ``GLIBC_TUNABLES`` of the environment says what to do. Another allocator that was
+        loaded before glibc's, such as jemalloc, is not noticed, and does as it did.
     """
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in VARIABLES):
+    told = any(name in os.environ for name in VARIABLES)
+    told = told or any(name in os.environ.get("GLIBC_TUNABLES", "") for name in TUNABLES)
+    if told or not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):  # musl, for one, has another allocator

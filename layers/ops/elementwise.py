@@ -52,9 +52,13 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: (..., width), the width even. cos, sin: broadcast to (..., width / 2). Returns the shape of x.
     """
     if _is_watched():
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-        return torch.cat(turned, dim=-1)
+        return _plain_rotation(x, cos, sin)
+    half = (*x.shape[:-1], x.shape[-1] // 2)
+    if torch.broadcast_shapes(half, cos.shape, sin.shape) != half:
+        raise ValueError(
+            f"cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}; they must broadcast to {half}, that "
+            f"of half of x: use angles of as many rows and tokens as x has"
+        )
     return _apply(_RotateHalves, x, cos, sin)
 
 
@@ -65,6 +69,11 @@ def _is_watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0  # inside forward_ad.dual_level()
     )
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether many gradients come at once (``is_grads_batched``), of which only plain operators know."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(grad))
 
 
 def _apply(function: Any, *arguments: Any) -> Tensor:
@@ -84,10 +93,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # to differentiate once more
-            scale = _inverse_root(x, ctx.eps)
+            scale = _plain_inverse_root(x, ctx.eps)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * x * scale).flatten(0, -weight.dim() - 1).sum(0)
+            grad_weight = (grad * x * scale).sum(tuple(range(x.dim() - weight.dim())))
         if ctx.needs_input_grad[0]:
             grad = grad * weight
             common = (grad * x).mean(-1, keepdim=True) * scale**3
@@ -100,6 +109,11 @@ def _inverse_root(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
 
 
+def _plain_inverse_root(x: Tensor, eps: float) -> Tensor:
+    """The same with all derivatives where x is zero, which a norm has not."""
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
 class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
@@ -110,7 +124,7 @@ class _SiluProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         gate, x = ctx.saved_tensors
         grad_gate = grad_x = None
-        if torch.is_grad_enabled():  # to differentiate once more, which the kernel cannot
+        if torch.is_grad_enabled() or _is_batched(grad):  # to differentiate once more, which the kernel cannot
             part = torch.sigmoid(gate)
             return grad * x * part * (1 + gate * (1 - part)), grad * gate * part
         if ctx.needs_input_grad[0]:
@@ -135,4 +149,11 @@ class _RotateHalves(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return rotate_halves(grad, cos, -sin), None, None
+        turned = _plain_rotation(grad, cos, -sin) if _is_batched(grad) else rotate_halves(grad, cos, -sin)
+        return turned, None, None
+
+
+def _plain_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1)

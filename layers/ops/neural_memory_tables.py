@@ -10,7 +10,6 @@ The coefficients obey the recurrence itself, so they are computed by it: no divi
 ``eta = 0`` and ``alpha = 1``.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +100,7 @@ def chunk_coefficients(
 
 def _skip(theta: Tensor, eta: Tensor, keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gates with which a token that does not exist leaves S and W alone; no setting of theta, eta, alpha says that."""
-    return theta * real, torch.where(real, eta, 1), torch.where(real, keep, 1), real.to(theta.dtype)
+    return torch.where(real, theta, 0), torch.where(real, eta, 1), torch.where(real, keep, 1), real.to(theta.dtype)
 
 
 class _Coefficients(torch.autograd.Function):
@@ -212,13 +211,21 @@ def _run_backward(
     return d_theta, d_eta, d_keep, None
 
 
+def _block_of(size: int) -> int:
+    """Return the root, rounded down; by steps that a compiler follows where the size is a symbol to it."""
+    block = 1
+    while (block + 1) ** 2 <= size:
+        block += 1
+    return block
+
+
 def _accumulate(x: Tensor, gate: Tensor) -> None:
     """``x_t += gate_t x_{t-1}`` in place, t = 1 .. T - 1: x (T, rows, columns), gate (T, rows).
 
     In blocks of about sqrt(T) steps: all blocks at once as if nothing came before them, then one after the other what
     did. That is 2 sqrt(T) passes over many rows in place of T over few, whose dispatch would cost more than they do.
     """
-    size, block = len(x), math.isqrt(len(x))
+    size, block = len(x), _block_of(len(x))
     number = size // block
     blocks, gates = (part[: number * block].unflatten(0, (number, block)) for part in (x, gate[..., None]))
     reach = gates.clone()  # of what came before a block, at each of its steps
@@ -233,7 +240,7 @@ def _accumulate(x: Tensor, gate: Tensor) -> None:
 
 def _accumulate_back(x: Tensor, gate: Tensor) -> None:
     """``x_{t-1} += gate_t x_t`` in place, t = T - 1 .. 1: the reverse of ``_accumulate``, likewise in blocks."""
-    size, block = len(x), math.isqrt(len(x))
+    size, block = len(x), _block_of(len(x))
     number = size // block
     blocks, gates = (part[: number * block].unflatten(0, (number, block)) for part in (x, gate[..., None]))
     for t in range(size - 1, number * block - 1, -1):

@@ -71,6 +71,18 @@ def test_they_can_be_differentiated_twice(function: Function, loop: Function, x:
 
 
 @all_cases
+def test_many_gradients_can_come_at_once(function: Function, loop: Function, x: Tensor, other: Tensor) -> None:
+    first, second = leaves(function, x, other)
+    wanted = [leaf for leaf in (first, second) if leaf.requires_grad]
+    y = function(first, second)
+    grads = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
+    batched = torch.autograd.grad(y, wanted, grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, wanted, grad, retain_graph=True) for grad in grads]
+    for mine, theirs in zip(batched, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(mine, torch.stack(theirs), rtol=1e-12, atol=1e-12)
+
+
+@all_cases
 def test_values_have_the_same_bits_where_something_looks_inside(
     function: Function, loop: Function, x: Tensor, other: Tensor
 ) -> None:
@@ -125,6 +137,23 @@ def test_a_token_of_zeros_has_a_finite_gradient() -> None:
     x = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
     rms_norm(x, torch.ones(4, dtype=torch.float64), EPS).sum().backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, EPS**-0.5))
+
+
+def test_a_token_of_zeros_has_its_third_derivative() -> None:
+    x, weight = torch.zeros(1, 3, dtype=torch.float64), draw(3)
+
+    def third(function: Function) -> Tensor:
+        y = x.clone().requires_grad_()
+        first = torch.autograd.grad(function(y, weight).sum(), y, create_graph=True)[0]
+        second = torch.autograd.grad((first * draw(3)).sum(), y, create_graph=True)[0]
+        return torch.autograd.grad((second * draw(3)).sum(), y)[0]
+
+    torch.testing.assert_close(third(norm), third(loop_norm))
+
+
+def test_angles_of_more_rows_than_there_are_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"cos and sin have shapes .*they must broadcast to \(1, 3, 2, 4\)"):
+        rotation(draw(1, 3, 2, 8), draw(2, 3, 1, 4))
 
 
 def test_a_product_of_two_dtypes_has_the_wider_one() -> None:

@@ -53,8 +53,12 @@ def test_large_tensors_are_made_of_what_was_freed():
 
 
 @glibc
-def test_the_environment_has_the_last_word():
-    assert faults(calls=True, MALLOC_MMAP_THRESHOLD_="65536")[0] == "False"
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_MMAP_THRESHOLD_", "65536"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=65536")],
+)
+def test_the_environment_has_the_last_word(name, value):
+    assert faults(calls=True, **{name: value})[0] == "False"
 
 
 def test_another_system_is_left_alone(monkeypatch):

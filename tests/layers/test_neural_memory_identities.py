@@ -190,6 +190,50 @@ def test_12_tables_skip_tokens_that_do_not_exist():
         assert_same_bits(tables.carry_weights[..., row], tables.carry_weights[..., 4])
 
 
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 10, 17])
+def test_12_tables_and_their_gradients_are_those_of_the_recurrence(size, skips):
+    gates = make_case(batch=2, heads=2, time=size)
+    leaves = [gates[name].transpose(1, 2).clone().requires_grad_() for name in ("theta", "eta", "alpha")]
+    real = (torch.arange(size) % 3 != 1).expand_as(leaves[0]) if skips else None
+    tables = gate_tables(*leaves, real)
+    ours = (tables.write, tables.carry_momentum, tables.carry_weights, tables.momentum_write, tables.momentum_carry)
+    theirs = tables_by_steps(*leaves, torch.ones_like(leaves[0], dtype=torch.bool) if real is None else real)
+    assert_close(ours, theirs)
+    weights = [torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(0)) for t in ours]
+    grads = [
+        torch.autograd.grad(sum((t * w).sum() for t, w in zip(given, weights, strict=True)), leaves, allow_unused=True)
+        for given in (ours, theirs)
+    ]
+    for mine, loop in zip(*grads, strict=True):
+        assert_close(mine, torch.zeros_like(mine) if loop is None else loop)
+
+
+def tables_by_steps(theta, eta, alpha, real):
+    """The tables by the recurrence of every token: columns of the tokens, of S_0 and of W_0."""
+    size = theta.shape[-1]
+    unit = torch.eye(size + 2, dtype=theta.dtype).expand(*theta.shape[:-1], -1, -1)
+    momentum, weights = unit[..., size, :], unit[..., size + 1, :]
+    rows = [weights]
+    for t in range(size):
+        moved = eta[..., t, None] * momentum + theta[..., t, None] * unit[..., t, :]
+        here = real[..., t, None]
+        momentum = torch.where(here, moved, momentum)
+        weights = torch.where(here, (1 - alpha[..., t, None]) * weights + momentum, weights)
+        rows.append(weights)
+    table = torch.stack(rows, -2)
+    return table[..., :size], table[..., size], table[..., size + 1], momentum[..., :size], momentum[..., size]
+
+
+def test_12_gates_of_tokens_that_do_not_exist_may_be_anything():
+    leaves = [make_case(time=6)[name].transpose(1, 2).clone() for name in ("theta", "eta", "alpha")]
+    real = (torch.arange(6) < 4).expand_as(leaves[0])
+    expected = gate_tables(*leaves, real)
+    for leaf in leaves:
+        leaf[..., 4:] = torch.nan
+    assert_same_bits(gate_tables(*leaves, real).write, expected.write)
+
+
 @pytest.mark.parametrize(("eta", "alpha"), [(0.0, 0.0), (0.5, 0.1), (0.8, 0.3)])
 @pytest.mark.parametrize(("factor", "diverges"), [(0.99, False), (1.01, True)])
 def test_13_a_repeated_key_is_stable_up_to_the_bound_on_theta(eta, alpha, factor, diverges):

@@ -7,8 +7,10 @@ from torch import nn
 from memzoo.arch import create_model
 from memzoo.arch.hugging_face import HuggingFaceLM
 from memzoo.layers.reference.locas import stream as reference_stream
+from memzoo.lit_modules.chunk_reader import ChunkReader
 from memzoo.lit_modules.memory_learner import EPS, MemoryLearner
 from memzoo.lit_modules.objective import NextTokens
+from memzoo.lit_modules.stream import Chunk
 from tests.lit_modules.stream_cases import (
     CHUNK,
     LowRank,
@@ -247,6 +249,16 @@ def test_without_prefix_gradient_a_model_of_transformers_reads_the_same():
     learns = module(model=HuggingFaceLM.of(llama), prefix_gradient=False, **(options | {"memory_learning_rate": 0.05}))
     streamed(learns)
     assert losses(learns)[2:] != pytest.approx(losses(given)[2:], rel=1e-6)
+
+
+def test_without_prefix_gradient_casts_that_autocast_keeps_do_not_hide_the_memory():
+    model = host(dtype=torch.float32)
+    memory = LowRank(model)
+    chunks = list(Stream().test_dataloader())
+    with torch.autocast("cpu", torch.bfloat16):
+        _, of_chunk, _ = ChunkReader(model, reuse_state=0, prefix_gradient=False).read(Chunk.of(chunks[1]))
+    of_chunk.sum().backward()
+    assert all(parameter.grad is not None for parameter in memory.parameters())
 
 
 @pytest.mark.parametrize("memory", ["locas", "temp_lora"])
