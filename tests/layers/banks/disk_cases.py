@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memzoo.layers.banks.disk import DiskStorage
+from memzoo.layers.banks.disk_files import BlockFile
 from memzoo.layers.banks.layout import BankLayout, Node
 from memzoo.layers.banks.storage import BlockStorage, Mark
 from memzoo.layers.cluster_tree import ClusterTree
@@ -47,3 +48,14 @@ def contents(storage: BlockStorage) -> Contents:
     written = [node for node in NODES if int(marks[node.level - 1][node.node]) & Mark.WRITTEN]
     blocks = {node: storage.read(node).view(torch.uint8).numpy().tobytes() for node in written}
     return tuple(level.numpy().tobytes() for level in marks), blocks, storage.tree.fingerprint
+
+
+def raw(disk: DiskStorage, node: Node) -> bytes:
+    start = node.node * 4096
+    return (disk.path / f"level_{node.level}.blocks").read_bytes()[start : start + LAYOUT.block_bytes(node.level)]
+
+
+def flip(disk: DiskStorage, node: Node, place: int) -> None:
+    """Change one bit of a block."""
+    with BlockFile(disk.path / f"level_{node.level}.blocks", writable=True) as file:
+        file.write(bytes([raw(disk, node)[place] ^ 1]), node.node * 4096 + place)
