@@ -20,7 +20,7 @@ from memzoo.layers.editor import Answer, Edit, Editor, EditReport, check_edits
 from memzoo.layers.feed_forward_site import FeedForwardSite, matrix_of
 from memzoo.layers.registry import register_layer
 from memzoo.layers.rome_changes import RomeChanges, shapes_in
-from memzoo.layers.rome_lesson import Learnt, Seen, learn
+from memzoo.layers.rome_lesson import Learnt, Seen, check_counted, learn
 from memzoo.layers.rome_options import RomeOptions
 from memzoo.layers.rome_solve import MeanSquare
 from memzoo.layers.side_memory import Run
@@ -43,13 +43,15 @@ class Rome(Editor):
 
     **Several edits in one call.** With ``ridge=0`` they are written one after the other, as ROME is: each finds its
     value with those before it in place, and may be asked what one of them was. With ``ridge`` above 0 it is MEMIT in
-    one layer: every value is found by itself, then all are written by one least-squares solution, a column of ``R`` and
-    of ``K`` an edit: ``D <- D + R K^T (ridge C + K K^T)^-1``.
+    one layer: every value is found by itself, its divergence that of the change it would be if it were written alone;
+    then all are written by one least-squares solution, a column of ``R`` and of ``K`` an edit:
+    ``D <- D + R K^T (ridge C + K K^T)^-1``.
 
     ``D`` is kept beside the host as its factors, ``width + dim`` numbers an edit in at least float32 (float64 stays);
     the solutions are of float64. ``merge`` alone writes the host's matrix, and keeps a copy until ``unmerge`` puts it
     back. ``undo`` takes back the last call, to the bit. The trained ``changes.values`` is another parameter whenever
-    the number of edits changes. Put the host into ``eval()``: dropout would move the keys.
+    the number of edits changes, and the same if an edit fails. Put the host into ``eval()``: dropout would move the
+    keys.
 
     What differs from the authors' code: a change is scaled to ``k*``, as in the paper, and there to the key of the
     first wording alone; of an unrelated question, every token is moved by what the change will do there, so that any
@@ -93,6 +95,7 @@ class Rome(Editor):
         self.options = options
         self.changes = RomeChanges(*weight.shape, like=weight)
         self.to(weight.device)
+        self.register_load_state_dict_post_hook(_count)  # type: ignore[no-untyped-call]
         self._layer = [layer]  # not a submodule
         self._base: Tensor | None = None  # while merged, the host's matrix as it was
         self._noting, self._seen = False, cast(Seen | None, None)  # what the last call read, while that is noted
@@ -163,34 +166,38 @@ class Rome(Editor):
 
         Args:
             inputs: What the host reads.
-            mask: Which tokens count; all by default.
-            run: Calls the host; by default ``host(inputs)``.
+            mask: (rows, tokens) bool, which tokens count; all by default.
+            run: Calls the host; by default ``answer(inputs, mask)``.
 
         Raises:
-            ValueError: As in ``SideMemory``, or a key is zero.
+            ValueError: As in ``SideMemory``, the mask is none of the inputs, a row of it counts no token, or a key is
+                zero. The edits are then those from before.
         """
         self._check_use("memorize")
+        check_counted("mask", inputs, mask)
         with acting(self):
-            seen = self.see(lambda: (run or self.host)(inputs))
+            seen = self.see(partial(self.answer, inputs, mask) if run is None else partial(run, inputs))
         keys, ridge = seen.x[seen.key_tokens(self.sites[0], mask, self.options.token)], self.options.ridge
         values, call = seen.y.new_zeros(len(keys), seen.y.shape[-1]), self.changes.next_call
         before = self.changes.tables()
         try:
             for rows in [slice(None)] if ridge else [slice(row, row + 1) for row in range(len(keys))]:
                 self.changes.write(keys[rows], values[rows], ridge=ridge, call=call)
-        except ValueError:
+        except BaseException:
             self.changes.restore(before)
             raise
         self.num_edits.fill_(len(self.changes))
 
-    def fit_covariance(self, batches: Iterable[Tensor | tuple[Tensor, Tensor | None]]) -> None:
+    def fit_covariance(self, batches: Iterable[Tensor | Sequence[Tensor | None]]) -> None:
         """Estimate ``C`` from what the matrix reads at all real tokens, a batch at a time, for edits to come.
 
         Args:
-            batches: What the host reads, or pairs of that and a mask of real tokens.
+            batches: What the host reads, or tuples or lists of that and, if there is one, a mask (rows, tokens) bool of
+                real tokens.
 
         Raises:
-            ValueError: The estimate has no inverse, as where there are fewer tokens than the matrix is wide; the editor
+            ValueError: A batch is none of these, a mask is none of its inputs, or a row of it counts no token; the
+                estimate has no inverse, as where there are fewer tokens than the matrix is wide; the editor
                 is merged or was detached; or it is called inside of ``torch.inference_mode``. The covariance is then
                 that from before.
         """
@@ -198,14 +205,21 @@ class Rome(Editor):
         self._check_use("fit_covariance")
         estimate = MeanSquare(self.changes.directions.shape[1], self.changes.directions.device)
         with acting(self):
-            for batch in batches:
-                inputs, mask = batch if isinstance(batch, tuple) else (batch, None)
+            for number, batch in enumerate(batches):
+                inputs, mask = _split(number, batch)
                 x = self.see(partial(self.answer, inputs, mask)).x
+                if mask is not None and mask.shape != x.shape[:-1]:
+                    raise ValueError(
+                        f"batches[{number}] has a mask of shape {tuple(mask.shape)}, and site {self.sites[0]!r} reads "
+                        f"a tensor of shape {tuple(x.shape)}; pass a mask of those tokens, or texts without padding"
+                    )
                 estimate.add(x.flatten(0, -2) if mask is None else x[mask.to(x.device)])
         self.changes.covariance_factor = estimate.factor()
 
     def undo(self) -> None:
-        """Forget what the last call of ``edit`` wrote: what is left is what was before it, to the bit.
+        """Forget what the last call of ``edit`` or ``memorize`` wrote: what is left is what was before it, to the bit.
+
+        Where an optimiser moved the values in between, those that are left stay as it moved them.
 
         Raises:
             ValueError: There is nothing to forget, or the editor is merged or was detached.
@@ -258,13 +272,16 @@ class Rome(Editor):
     def load(self, path: str | os.PathLike[str]) -> None:
         """As in ``SideMemory``; of any number of edits, with a covariance or without."""
         self._check_use("load")
-        before = self.changes
-        self.changes = copy.deepcopy(before)
-        self.changes.make_room(shapes_in(path, "changes."))
+        shapes, before, number = shapes_in(path, "changes."), self.changes, int(self.num_edits)
+        if said := before.fault(shapes):
+            raise ValueError(f"path={os.fspath(path)!r} {said}; attach to a host like that of the file, or save anew")
         try:
+            self.changes = copy.deepcopy(before)
+            self.changes.make_room(shapes)
             super().load(path)
-        except ValueError:
+        except BaseException:
             self.changes = before
+            self.num_edits.fill_(number)
             raise
 
     def _describe(self) -> dict[str, Any]:
@@ -280,6 +297,22 @@ class Rome(Editor):
     def _remove(self) -> None:
         matrix_of(self._layer[0]).copy_(cast(Tensor, self._base))
         self._base = None
+
+
+def _count(rome: Rome, _: object) -> None:
+    """Count what was loaded: what did not fit was not."""
+    rome.num_edits.fill_(len(rome.changes))
+
+
+def _split(number: int, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Return what the host reads of a batch, and its mask."""
+    inputs, mask = batch, None
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2):
+        inputs, mask = (*batch, None)[:2]
+    if not isinstance(inputs, Tensor) or not isinstance(mask, Tensor | None):
+        raise ValueError(f"batches[{number}] is of type {type(batch).__name__}; pass a tensor, or (tensor, mask)")
+    check_counted(f"the mask of batches[{number}]", inputs, mask)
+    return inputs, mask
 
 
 @register_layer("rome", "side")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.rome_solve import write_directions
 
 TABLES = ("values", "directions", "calls")
@@ -25,7 +26,8 @@ class RomeChanges(nn.Module):
         like: Gives the device, and the dtype, which is at least float32.
 
     Attributes:
-        values: (edits, dim), the parameter; another object whenever the number of edits changes.
+        values: (edits, dim), the parameter; another object whenever the number of edits changes, with the same
+            ``requires_grad``.
         directions: (edits, width).
         calls: (edits,) number of the call that wrote each.
         covariance_factor: (width, width), that of Cholesky, lower, float64; (0, 0) for the identity.
@@ -53,8 +55,9 @@ class RomeChanges(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """``D``, (dim, width)."""
-        return self.values.T @ self.directions
+        """``D``, (dim, width); under autocast, too, in the dtype of its factors."""
+        with no_autocast(self.values.device):
+            return self.values.T @ self.directions
 
     @property
     def next_call(self) -> int:
@@ -72,7 +75,7 @@ class RomeChanges(nn.Module):
             "directions": write_directions(keys, ridge, self.covariance_factor),
             "calls": self.calls.new_full((len(keys),), call),
         }
-        self.restore({name: torch.cat([table, new[name].to(table)]) for name, table in self.tables().items()})
+        self.restore({name: torch.cat([table.detach(), new[name].to(table)]) for name, table in self.tables().items()})
 
     def undo(self) -> None:
         """Forget what the last call wrote."""
@@ -84,27 +87,63 @@ class RomeChanges(nn.Module):
         self.restore({name: table[:0] for name, table in self.tables().items()})
 
     def tables(self) -> dict[str, Tensor]:
-        """Return what it holds of edits; never changed in place by what this class does."""
-        return {name: getattr(self, name).detach() for name in TABLES}
+        """Return what it holds of edits, the parameter itself among it; this class changes none of it in place."""
+        return {name: getattr(self, name) for name in TABLES}
 
     def restore(self, tables: Mapping[str, Tensor]) -> None:
-        """Hold other tables."""
-        for name, table in tables.items():
-            setattr(self, name, nn.Parameter(table) if name == "values" else table)
+        """Hold other tables; a parameter among them stays the object that it is."""
+        with torch.inference_mode(False):  # what is made in it could not be learnt through afterwards
+            for name, table in tables.items():
+                if table.is_inference():
+                    table = table.clone()
+                if name == "values" and not isinstance(table, nn.Parameter):
+                    table = nn.Parameter(table.detach(), requires_grad=self.values.requires_grad)
+                setattr(self, name, table)
+
+    def fault(self, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        """Return why tables of others do not fit in here, however many edits they have; None if they do."""
+        tables, found = self.tables(), {name: tuple(shapes[name]) for name in TABLES if name in shapes}
+        for name, shape in found.items():
+            own = tuple(tables[name].shape)
+            if len(shape) != len(own) or shape[1:] != own[1:]:
+                return f"holds {name!r} of shape {shape}, and not {('edits', *own[1:])}"
+        if found and (len(found) < len(TABLES) or len({shape[0] for shape in found.values()}) > 1):
+            return f"does not hold one row of each of {TABLES} for an edit, but tables of shapes {found}"
+        width = self.directions.shape[1]
+        if FACTOR in shapes and tuple(shapes[FACTOR]) not in {(0, 0), (width, width)}:
+            return f"holds {FACTOR!r} of shape {tuple(shapes[FACTOR])}, and not {(width, width)}, or (0, 0) for none"
+        return None
 
     def make_room(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Take as many edits as others have, and a covariance if they do, before those are copied into it."""
-        for name, table in self.tables().items():
-            if name in shapes:
-                self.restore({name: table.new_zeros(shapes[name][0], *table.shape[1:])})
-        if FACTOR in shapes:
-            size = min(shapes[FACTOR][0], self.directions.shape[1])
-            self.covariance_factor = self.covariance_factor.new_zeros(size, size)
+        """Take as many edits as others have, and a covariance if they do, before those are copied into it.
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *more: Any) -> None:
+        Those have no ``fault``.
+        """
+        with torch.inference_mode(False):
+            tables = {name: table for name, table in self.tables().items() if name in shapes}
+            self.restore({name: table.new_zeros(shapes[name]) for name, table in tables.items()})
+            if FACTOR in shapes:
+                self.covariance_factor = self.covariance_factor.new_zeros(shapes[FACTOR])
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take all of it, or nothing and say why."""
         found = {name: state_dict.get(prefix + name) for name in (*TABLES, FACTOR)}
-        self.make_room({name: tensor.shape for name, tensor in found.items() if tensor is not None})
-        super()._load_from_state_dict(state_dict, prefix, *more)
+        shapes = {name: tensor.shape for name, tensor in found.items() if tensor is not None}
+        if said := self.fault(shapes):
+            error_msgs.append(f"{prefix or 'it'} {said}")
+            return
+        self.make_room(shapes)
+        rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def shapes_in(path: str | os.PathLike[str], prefix: str) -> dict[str, Sequence[int]]:

@@ -34,13 +34,15 @@ class Seen:
         """Return the token of each row that has the key, (rows, tokens) bool: of those that count the last, or first.
 
         Raises:
-            ValueError: The site does not read a row of tokens for each row that the host reads.
+            ValueError: The site does not read a row of tokens for each row that the host reads, or not those that are
+                counted.
         """
         if self.x.dim() != 3 or (counted is not None and counted.shape != self.x.shape[:2]):
-            said = "" if counted is None else f" where questions have shape {tuple(counted.shape)}"
+            said = "" if counted is None else f" where the tokens that count have shape {tuple(counted.shape)}"
+            mask = "pass a mask of the tokens that it reads, or " if self.x.dim() == 3 else ""
             raise ValueError(
                 f"site {site!r} reads a tensor of shape {tuple(self.x.shape)}{said}, so that key tokens are not known; "
-                f"attach to a site that reads (rows, tokens, width)"
+                f"{mask}attach to a site that reads (rows, tokens, width)"
             )
         if counted is None:
             counted = self.x.new_ones(self.x.shape[:2], dtype=torch.bool)
@@ -66,6 +68,28 @@ class Learnt:
     loss: float
 
 
+def check_counted(name: str, inputs: Tensor, mask: Tensor | None) -> None:
+    """Require a mask (rows, tokens) of what the host reads, of which each row counts a token; or None.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if mask is None:
+        return
+    tokens = not inputs.is_floating_point()  # how many an image has, the site says
+    if (
+        mask.dtype != torch.bool
+        or mask.dim() != 2
+        or (mask.shape != inputs.shape if tokens else len(mask) != len(inputs))
+    ):
+        raise ValueError(
+            f"{name} of dtype {mask.dtype} and shape {tuple(mask.shape)} says not which tokens of inputs of shape "
+            f"{tuple(inputs.shape)} count; pass (rows, tokens) bool"
+        )
+    if not bool(mask.any(1).all()):
+        raise ValueError(f"{name} counts no token of row {mask.any(1).int().argmin().item()}; leave that row out")
+
+
 def learn(editor: "Rome", edit: Edit) -> Learnt:
     """Find the key of an edit and the value to add there; only what lies above the site runs in every step.
 
@@ -86,30 +110,39 @@ def learn(editor: "Rome", edit: Edit) -> Learnt:
             f"by; attach to another"
         )
     value = torch.zeros_like(said, dtype=editor.changes.values.dtype).requires_grad_()
-    [direction] = write_directions(key[None], 0.0, editor.changes.covariance_factor).to(value)
+    [direction] = write_directions(key[None], options.ridge, editor.changes.covariance_factor).to(value)
     divergence = _divergence(editor, edit, direction)
     optimizer, steps, loss = torch.optim.Adam([value], lr=options.learning_rate), 0, math.inf
     for _ in range(options.max_steps):
         with torch.enable_grad():
             with calls.replay(), editor.trying(lambda x: place[..., None] * value):
                 answer = answer_loss(run(), edit.targets)
-            total = answer + divergence(value) + options.weight_decay * value.norm() / length**2
-            (value.grad,) = torch.autograd.grad(total, value)
-        loss = float(answer.detach())
-        if not math.isfinite(float(total.detach())):
-            raise ValueError(f"the loss of an edit is {total.item()}; lower learning_rate={options.learning_rate}")
+            others = divergence(value) + options.weight_decay * value.norm() / length**2
+        loss, total = float(answer.detach()), float((answer + others).detach())
+        if not math.isfinite(total):
+            raise ValueError(f"the loss of an edit is {total}; lower learning_rate={options.learning_rate}")
         if loss < options.stop_loss:
             break
-        if not steps and not value.grad.any():
+        gradient = _gradient(answer, value)
+        if not steps and not gradient.any():  # of the answer alone: that of the divergence at 0 is rounding, seldom 0
             raise ValueError(
                 f"no target depends on what site {editor.sites[0]!r} says at the key token (token={options.token!r}); "
                 f"use token='first' for a class token, or a lower site"
             )
+        value.grad = gradient + _gradient(others, value)
         optimizer.step()
         steps += 1
         with torch.no_grad():
             value.mul_((options.clamp * length / value.norm()).clamp(max=1))
     return Learnt(key, value.detach(), steps, loss)
+
+
+def _gradient(loss: Tensor, value: Tensor) -> Tensor:
+    """Return the gradient of a loss in a value: 0 where the loss has nothing of it."""
+    if not loss.requires_grad:
+        return torch.zeros_like(value)
+    (gradient,) = torch.autograd.grad(loss, value, materialize_grads=True)
+    return gradient
 
 
 def _divergence(editor: "Rome", edit: Edit, direction: Tensor) -> Callable[[Tensor], Tensor]:

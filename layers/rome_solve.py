@@ -59,13 +59,13 @@ def write_directions(keys: Tensor, ridge: float, factor: Tensor) -> Tensor:
         (keys, width).
 
     Raises:
-        ValueError: No change writes at the keys: without a ridge, one is zero.
+        ValueError: One of the keys is zero, so that no change writes there.
     """
     keys = keys.double()
     whitened = keys if not len(factor) else torch.cholesky_solve(keys.T, factor).T
     gram = keys @ whitened.T
-    gram.diagonal().add_(ridge)
     if not bool((gram.diagonal() > 0).all()):
         raise ValueError("a key is zero, or not finite: the site reads nothing there; attach to another, or token=")
+    gram.diagonal().add_(ridge)
     directions: Tensor = torch.linalg.solve(gram, whitened)
     return directions

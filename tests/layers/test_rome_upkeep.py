@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from memzoo.layers import Rome
 from memzoo.layers.editor import NOT_SCORED, Edit
+from memzoo.layers.feed_forward_site import matrix_of
 from tests.layers.rome_cases import answers, attach, edit_of
 from tests.layers.side_hosts import make_host, make_inputs, moe, read
 
@@ -88,6 +89,21 @@ def test_it_is_learnt_under_autocast() -> None:
     assert editor.changes.directions.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_bf16_host_is_merged_with_one_rounding(name: str) -> None:
+    x = make_inputs(name)[:1]
+    editor = attach(name, dtype=torch.bfloat16)
+    editor.edit([edit_of(x, 3)])
+    weight = matrix_of(editor.host.get_submodule(editor.sites[0]))
+    base, change = weight.detach().clone(), editor.changes.matrix
+    editor.merge()
+    assert torch.equal(weight, (base.float() + change).bfloat16())
+    assert not torch.equal(weight, base + change.bfloat16())
+    assert answers(editor.host, x) == [3]
+    editor.unmerge()
+    assert torch.equal(weight, base)
+
+
 # An optimiser of its values
 
 
@@ -104,6 +120,55 @@ def test_what_is_memorized_changes_nothing_until_an_optimiser_moves_it(ridge: fl
     assert bool(editor.changes.values.grad.any(1).all())
     editor.undo()
     assert int(editor.num_edits) == 0
+
+
+def test_edits_before_the_last_stay_as_an_optimiser_moved_them() -> None:
+    x = make_inputs("ours", dtype=F64)
+    editor = attach("ours")
+    editor.edit([edit_of(x[:1], 3)])
+    editor.edit([edit_of(x[1:], 4)])
+    before = editor.changes.values.detach().clone()
+    read(editor.host, x).square().sum().backward()
+    torch.optim.SGD(editor.parameters(), lr=0.1).step()
+    moved = editor.changes.values.detach().clone()
+    editor.undo()
+    assert torch.equal(editor.changes.values, moved[:1])
+    assert not torch.equal(moved[:1], before[:1])
+
+
+def test_it_memorizes_and_estimates_whether_it_is_enabled() -> None:
+    x = make_inputs("ours", batch=16, dtype=F64)
+    one, other = attach("ours"), attach("ours")
+    for editor in (one, other):
+        editor.edit([edit_of(x[:1], 3)])
+    other.enabled = False
+    for editor in (one, other):
+        editor.memorize(x[:2])
+        editor.fit_covariance([x])
+    assert not other.enabled
+    assert torch.equal(one.changes.directions, other.changes.directions)
+
+
+def test_what_is_read_is_kept_for_one_call_and_without_a_graph() -> None:
+    x = make_inputs("ours", dtype=F64)
+    editor = attach("ours")
+    editor.memorize(x)  # whose values are trained, so that what the site says has a graph
+    says = []
+    seen = editor.see(lambda: says.append(read(editor.host, x)))
+    assert not says[0].requires_grad
+    assert not seen.y.requires_grad
+    read(editor.host, x)
+    assert editor._seen is None
+
+
+def test_what_is_reset_is_counted_from_none() -> None:
+    x = make_inputs("ours")
+    editor = attach("ours", dtype=torch.float32)
+    plain = read(editor.host, x)
+    editor.edit([edit_of(x[:1], 3)])
+    editor.reset()
+    assert int(editor.num_edits) == len(editor.changes) == 0
+    assert torch.equal(read(editor.host, x), plain)
 
 
 def test_a_mask_says_where_the_key_of_what_is_memorized_is() -> None:
