@@ -79,6 +79,7 @@ class Rome(Editor):
         >>> import torch
         >>> from memzoo.arch import create_model
         >>> from memzoo.layers.editor import Edit
+        >>> _ = torch.manual_seed(2)
         >>> model = create_model("transformer_tiny").eval()
         >>> editor = Rome.attach(model)
         >>> question, answer = torch.tensor([[5, 6, 7]]), torch.tensor([[-100, -100, 9]])
