@@ -390,8 +390,8 @@ class NeuralMemory(SequenceMixer):
             projected, tail = F.silu(projected), None
         else:
             projected, tail = self.conv(projected, tail, lengths=lengths)
-        asked, v = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).split((2, 1), 2)
-        q, k = unit(asked).unbind(2)
+        query_key, v = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).split((2, 1), 2)
+        q, k = unit(query_key).unbind(2)
         return q, k, v.squeeze(2), tail
 
 

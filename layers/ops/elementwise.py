@@ -96,7 +96,9 @@ class _RMSNorm(torch.autograd.Function):
             scale = _plain_inverse_root(x, ctx.eps)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * x * scale).sum(tuple(range(x.dim() - weight.dim())))
+            grad_weight = grad * x * scale
+            if x.dim() > weight.dim():
+                grad_weight = grad_weight.sum(tuple(range(x.dim() - weight.dim())))
         if ctx.needs_input_grad[0]:
             grad = grad * weight
             common = (grad * x).mean(-1, keepdim=True) * scale**3

@@ -46,14 +46,14 @@ def loss_of_chunk(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
 def learn(
     attach: Callable[[Transformer], SideMemory],
     epochs: int | None = None,
-    loss: Callable[[Transformer, torch.Tensor], torch.Tensor] = loss,
+    objective: Callable[[Transformer, torch.Tensor], torch.Tensor] = loss,
 ) -> Work:
     """Read a window with a memory, take the loss of its chunk, and update the memory by it.
 
     Args:
         attach: Attaches the memory.
         epochs: Readings to learn from, after one that scores; None learns from the reading that scores.
-        loss: Of a window.
+        objective: The loss of a window.
     """
     model, tokens = host(), torch.randint(VOCABULARY, (1, WINDOW + 1))
     memory = attach(model)
@@ -64,9 +64,9 @@ def learn(
     def work() -> None:
         if epochs is not None:
             with torch.no_grad():
-                loss(model, tokens)
+                objective(model, tokens)
         for _ in range(epochs or 1):
-            loss(model, tokens).backward()
+            objective(model, tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -75,7 +75,7 @@ def learn(
 
 def locas(rank: int, *, prefix_gradient: bool = True) -> Work:
     """Learn with Locas."""
-    return learn(lambda model: Locas.attach(model, rank=rank), loss=loss if prefix_gradient else loss_of_chunk)
+    return learn(lambda model: Locas.attach(model, rank=rank), objective=loss if prefix_gradient else loss_of_chunk)
 
 
 def temp_lora(rank: int, epochs: int | None = None) -> Work:

@@ -156,6 +156,12 @@ def test_angles_of_more_rows_than_there_are_tokens_are_refused() -> None:
         rotation(draw(1, 3, 2, 8), draw(2, 3, 1, 4))
 
 
+def test_a_token_without_rows_has_the_gradients_of_the_loop() -> None:
+    ours, theirs = leaves(norm, draw(4), draw(4).flip(0)), leaves(norm, draw(4), draw(4).flip(0))
+    grads = [torch.autograd.grad(f(*own).square().sum(), own) for f, own in ((norm, ours), (loop_norm, theirs))]
+    torch.testing.assert_close(*grads)
+
+
 def test_a_product_of_two_dtypes_has_the_wider_one() -> None:
     gate, x = draw(3, 4, dtype=torch.bfloat16), draw(3, 4, dtype=torch.float32)
     y = silu_product(gate, x)
