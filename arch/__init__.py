@@ -9,6 +9,7 @@ from memzoo.arch.bmojo import BMojoLM
 from memzoo.arch.card import Claim, Fidelity, ModelCard
 from memzoo.arch.causal_lm import CausalLM, CausalLMState
 from memzoo.arch.checkpoint import from_pretrained, save_pretrained
+from memzoo.arch.compiled_step import CompiledStep
 from memzoo.arch.dkvb_classifier import DKVBClassifier
 from memzoo.arch.encoders import (
     FrozenEncoder,
@@ -52,6 +53,7 @@ __all__ = [
     "CausalLM",
     "CausalLMState",
     "Claim",
+    "CompiledStep",
     "DKVBClassifier",
     "Fidelity",
     "FrozenClassifier",

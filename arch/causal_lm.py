@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memzoo.arch.block import Block, ResidualBlock
-from memzoo.arch.generation import check_last, check_prompt_mask, generate
+from memzoo.arch.generation import Step, check_last, check_prompt_mask, generate
 from memzoo.layers.errors import check_positive, check_tokens
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.state import MixerState, State
@@ -324,6 +324,7 @@ class CausalLM(nn.Module):
         generator: torch.Generator | None = None,
         state: CausalLMState | None = None,
         mask: Tensor | None = None,
+        step: Step | None = None,
     ) -> Iterator[Tensor]:
         """Continue a prompt, yielding one token a row at a time; see ``memzoo.arch.generation.generate``."""
         return generate(
@@ -337,6 +338,7 @@ class CausalLM(nn.Module):
             generator=generator,
             state=state,
             mask=mask,
+            step=step,
         )
 
     def _block_states(self, state: CausalLMState | None) -> tuple[MixerState | None, ...]:

@@ -83,9 +83,11 @@ class MemoryReader:
             **sampling: As there, such as ``temperature`` and ``stop``.
 
         Raises:
-            ValueError: As there, or ``every`` is not positive.
+            ValueError: As there, ``every`` is not positive, or ``step`` is given with ``reroute``.
         """
         check_positive("every", every)
+        if reroute is not None and sampling.get("step") is not None:
+            raise ValueError("step reads the memories it was made with, and reroute changes them: pass one of the two")
         decoder = self if reroute is None else _Rerouted(self, tokens, reroute, every)
         return generate(cast(Decoder, decoder), tokens, max_new_tokens, **sampling)
 

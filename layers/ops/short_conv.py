@@ -78,7 +78,7 @@ def short_conv(
             y = F.silu(y)
 
     if lengths is None:
-        tail = padded[:, time:].clone()  # a view would keep the whole of `padded` alive
+        tail = padded[:, time:].clone(memory_format=torch.contiguous_format)  # a view would keep all of `padded`
     else:
         last = lengths[:, None] + torch.arange(width - 1, device=x.device)
         tail = padded.take_along_dim(last[..., None], dim=1)

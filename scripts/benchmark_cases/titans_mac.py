@@ -11,10 +11,13 @@ from torch.nn import functional as F
 from benchmark_cases.case import Case, Product, Variant, Work, missing
 from benchmark_cases.neural_memory import unit_keys
 from benchmark_cases.products import context_products
+from memzoo.arch.compiled_step import CompiledStep, check_compiler
 from memzoo.arch.titans_mac import TitansMAC
 
 OURS = "memzoo TitansMAC (per-token gates, conv, retrieval)"
+COMPILED = "memzoo TitansMAC, CompiledStep"
 MOVING = "titans-pytorch 0.5.5, memory moves every segment (gates a chunk)"
+MOVING_COMPILED = "titans-pytorch 0.5.5, memory moves every segment, torch.compile"
 EXACT = "titans-pytorch 0.5.5, per-token gates (chunk 1)"
 DEFAULT = "titans-pytorch 0.5.5, its defaults (base never moves, 4 streams)"
 
@@ -111,6 +114,15 @@ class Setting:
         return unit_keys(model)
 
 
+def no_compiler() -> str | None:
+    """Say that nothing can be compiled here, if so."""
+    try:
+        check_compiler()
+    except ValueError:
+        return "there is no C++ compiler"
+    return None
+
+
 def _train(model: nn.Module, loss: Callable[[Tensor], Tensor], vocab_size: int, batch: int, time: int) -> Work:
     """Forward and backward of a loss on batch x (time + 1) tokens."""
     tokens = torch.randint(vocab_size, (batch, time + 1))
@@ -139,20 +151,21 @@ def train_peer(setting: Setting, batch: int, time: int, **options: Any) -> Work:
     return _train(model, lambda tokens: model(tokens, return_loss=True), setting.vocab_size, batch, time)
 
 
-def decode_ours(setting: Setting, prompt: int, new: int) -> Work:
-    """Sample ``new`` tokens after a prompt that was read before."""
+def decode_ours(setting: Setting, prompt: int, new: int, *, backend: str | None = None) -> Work:
+    """Sample ``new`` tokens after a prompt that was read before, with a compiled step if a ``backend`` is named."""
     model = setting.ours().eval()
+    step = None if backend is None else CompiledStep(model, backend=backend)
     tokens = torch.randint(setting.vocab_size, (1, prompt))
     with torch.no_grad():
         _, state = model.prefill(tokens[:, :-1])
 
     def work() -> list[Tensor]:
-        return list(model.generate(tokens[:, -1:], new, state=state))
+        return list(model.generate(tokens[:, -1:], new, state=state, step=step))
 
     return work
 
 
-def decode_peer(setting: Setting, prompt: int, new: int, **options: Any) -> Work:
+def decode_peer(setting: Setting, prompt: int, new: int, *, backend: str | None = None, **options: Any) -> Work:
     """The same by the loop of the peer's ``sample(use_cache=True)``, without its progress bar and token filter."""
     from titans_pytorch.mac_transformer import gumbel_sample
 
@@ -163,20 +176,27 @@ def decode_peer(setting: Setting, prompt: int, new: int, **options: Any) -> Work
     with torch.no_grad():
         factorized = positions(outer, return_factorized=True)
         first, cache = model(tokens, return_cache=True)
+    read = model if backend is None else torch.compile(model, backend=backend)
 
     @torch.no_grad()
     def work() -> Tensor:
         out, logits, state = tokens, first, cache
         for _ in range(new):
             out = torch.cat((out, gumbel_sample(logits[:, -1])), -1)
-            logits, state = model(out, cache=state, return_cache=True, factorized_pos_emb=factorized)
+            logits, state = read(out, cache=state, return_cache=True, factorized_pos_emb=factorized)
         return out[:, prompt:]
 
     return work
 
 
 def cases(
-    setting: Setting | None = None, *, batch: int = 2, time: int = 1024, prompt: int = 256, new: int = 64
+    setting: Setting | None = None,
+    *,
+    batch: int = 2,
+    time: int = 1024,
+    prompt: int = 256,
+    new: int = 64,
+    backend: str = "inductor",
 ) -> list[Case]:
     """Training and decoding, side by side."""
     s = setting or Setting()
@@ -193,6 +213,7 @@ def cases(
     def decoded(name: str, **options: Any) -> Variant:
         return Variant(name, lambda: decode_peer(s, prompt, new, **options), new, missing=absent)
 
+    sequence = f"{sizes}; {new} tokens after {prompt}, one sequence"
     products = s.products(batch, time)
     floor = f"\nThe products of a step of ours are {sum(p.flops for p in products) / 1e9:.0f} GFLOP."
     few = 2 * s.segment_size  # it keeps weights for every token: time and memory are those of its tokens
@@ -214,7 +235,7 @@ def cases(
         Case(
             "titans_mac_decode",
             "mac",
-            f"Titans MAC, decoding: {sizes}; {new} tokens after {prompt}, one sequence",
+            f"Titans MAC, decoding: {sequence}",
             [
                 Variant(OURS, lambda: decode_ours(s, prompt, new), new),
                 *(decoded(name, **options) for name, options in wiring.items()),
@@ -225,6 +246,23 @@ def cases(
             "segment, since titans-pytorch's cache loses the running segment after a longer prompt that is not. "
             f"A step of ours reads {s.weight_bytes() / 1e6:.0f} MB of weights.",
             targets={MOVING: 5.0, EXACT: 5.0},
+            has_memory=False,
+        ),
+        Case(
+            "titans_mac_decode_compiled",
+            "mac",
+            f"Titans MAC, decoding compiled: {sequence}",
+            [
+                Variant(COMPILED, lambda: decode_ours(s, prompt, new, backend=backend), new, missing=no_compiler()),
+                Variant(OURS, lambda: decode_ours(s, prompt, new), new),
+                decoded(MOVING),
+                decoded(MOVING_COMPILED, backend=backend),
+                decoded(EXACT, chunk=1),
+            ],
+            note="The same with a step that was compiled before. titans-pytorch has no step of fixed shapes: "
+            "torch.compile takes its forward in pieces, compiles them again for every length of the segment, and "
+            "leaves them as they are after eight of these.",
+            targets={MOVING: 5.0, MOVING_COMPILED: 5.0, EXACT: 5.0},
             has_memory=False,
         ),
     ]

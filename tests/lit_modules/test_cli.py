@@ -176,6 +176,12 @@ def test_fit_validate_resume_and_generate(folder, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("def ")
     assert texts[0] == texts[1] != texts[2]
+    with torch.compiler.set_stance("force_eager"):  # the program is tested where it belongs
+        again = ["--prompt", "def ", "--max_new_tokens", "12", "--top_k", "20", "--seed", "1", "--compile", "true"]
+        assert main(["generate", "--checkpoint", checkpoint, *again]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == texts[0]
+    assert "compiling" in captured.err
 
 
 def test_options_override_the_config_down_to_the_models_arguments(folder, capsys):
@@ -288,6 +294,12 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(case, folder, capsys):
     assert "Traceback" not in captured.err
     assert captured.out == ""
     assert not Path("out").exists()
+
+
+def test_nothing_to_compile_with_is_said_before_anything_is_read(folder, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main(["generate", "--checkpoint", "no_such.ckpt", "--compile", "true"]) == 2
+    assert "memzoo: error: a compiled step on the CPU needs a C++ compiler" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
