@@ -42,8 +42,8 @@ class CompiledStep:
         token: (batch,). Returns logits (batch, vocab_size) and the state.
 
     Raises:
-        ValueError: There is no C++ compiler, or, in a call, the weights are not those that were compiled.
-        torch._dynamo.exc.Unsupported: In a call, the step is not one graph.
+        ValueError: There is no C++ compiler; or, in a call, the step cannot be compiled, or the weights are not those
+            that were.
 
     Example:
         >>> import torch
@@ -63,6 +63,7 @@ class CompiledStep:
         options = OPTIONS if backend == "inductor" else None
         self._step = torch.compile(_own_code(model), fullgraph=True, backend=backend, options=options)
         self._frozen = _freezing if backend == "inductor" else contextlib.nullcontext
+        self._name = type(whole).__name__
         self._initial_state = whole.initial_state
         self._compiled: list[tuple[int, int]] | None = None
         self._last: weakref.ref[CausalLMState] | None = None
@@ -72,6 +73,9 @@ class CompiledStep:
         self, token: Tensor, state: CausalLMState | None = None, *, donate: bool = False
     ) -> tuple[Tensor, CausalLMState]:
         """Read one token a row, as ``CausalLM.step`` does; the storage of ``state`` is never reused."""
+        from torch._dynamo.exc import TorchDynamoException
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
         weights = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors]
         if self._compiled not in (None, weights):
             raise ValueError("the model's weights have changed since its step was compiled; make a new CompiledStep")
@@ -79,8 +83,14 @@ class CompiledStep:
             state = self._initial_state(len(token))
         if self._last is None or self._last() is not state:  # and for strides, where a prompt leaves others
             state = state.map(_compact)
-        with self._frozen():
-            logits, end = self._step(_compact(token), state)
+        try:
+            with self._frozen():
+                logits, end = self._step(_compact(token), state)
+        except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
+            raise ValueError(
+                f"the step of this {self._name} cannot be compiled as one graph; generate without a compiled step. "
+                f"The compiler says: {str(error).strip().splitlines()[0]}"
+            ) from error
         self._compiled, self._last = weights, weakref.ref(end)
         return logits, end
 

@@ -54,12 +54,19 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if _is_watched():
         return _plain_rotation(x, cos, sin)
     half = (*x.shape[:-1], x.shape[-1] // 2)
-    if torch.broadcast_shapes(half, cos.shape, sin.shape) != half:
+    if not (_broadcasts(cos, half) and _broadcasts(sin, half)):
         raise ValueError(
             f"cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}; they must broadcast to {half}, that "
             f"of half of x: use angles of as many rows and tokens as x has"
         )
     return _apply(_RotateHalves, x, cos, sin)
+
+
+def _broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether ``x`` broadcasts to ``shape``; ``torch.broadcast_shapes`` takes longer than a rotation of a token."""
+    return x.dim() <= len(shape) and all(
+        own in (1, size) for own, size in zip(x.shape[::-1], shape[::-1], strict=False)
+    )
 
 
 def _is_watched() -> bool:

@@ -15,6 +15,7 @@ from memzoo.arch.compiled_step import CompiledStep, check_compiler
 from memzoo.arch.titans_mac import TitansMAC
 
 OURS = "memzoo TitansMAC (per-token gates, conv, retrieval)"
+RECOMPUTED = "memzoo TitansMAC, checkpoint_blocks=True"
 COMPILED = "memzoo TitansMAC, CompiledStep"
 MOVING = "titans-pytorch 0.5.5, memory moves every segment (gates a chunk)"
 MOVING_COMPILED = "titans-pytorch 0.5.5, memory moves every segment, torch.compile"
@@ -69,7 +70,7 @@ class Setting:
         with torch.device("meta"):
             return 4 * sum(p.numel() for p in self.ours().parameters())
 
-    def ours(self) -> TitansMAC:
+    def ours(self, *, checkpoint_blocks: bool = False) -> TitansMAC:
         """Return our model."""
         return TitansMAC(
             self.vocab_size,
@@ -81,6 +82,7 @@ class Setting:
             memory={"memory_depth": 2, "memory_expansion": 2.0, "chunk_size": self.segment_size},
             hidden_dim=self.hidden_dim,
             tie_embeddings=False,
+            checkpoint_blocks=checkpoint_blocks,
         )
 
     def peer(self, *, chunk: int | None = None, moves: bool = True, streams: int = 1) -> nn.Module:
@@ -134,9 +136,9 @@ def _train(model: nn.Module, loss: Callable[[Tensor], Tensor], vocab_size: int, 
     return work
 
 
-def train_ours(setting: Setting, batch: int, time: int) -> Work:
+def train_ours(setting: Setting, batch: int, time: int, *, checkpoint_blocks: bool = False) -> Work:
     """One training step, the optimiser's part left out."""
-    model = setting.ours()
+    model = setting.ours(checkpoint_blocks=checkpoint_blocks)
 
     def loss(tokens: Tensor) -> Tensor:
         logits, _ = model(tokens[:, :-1])
@@ -225,6 +227,7 @@ def cases(
             f"Titans MAC, training: {sizes}; batch {batch}, {time} tokens; forward and backward of the loss",
             [
                 Variant(OURS, lambda: train_ours(s, batch, time), batch * time, products),
+                Variant(RECOMPUTED, lambda: train_ours(s, batch, time, checkpoint_blocks=True), batch * time),
                 *(trained(name, time, **options) for name, options in wiring.items()),
                 trained(short, few, chunk=1),
             ],

@@ -120,6 +120,12 @@ def test_changed_weights_are_refused(change):
     assert_same(CompiledStep(model, backend="eager")(PROMPT[:, 0]), model.step(PROMPT[:, 0]))
 
 
+def test_a_step_that_depends_on_the_data_is_refused_in_one_line():
+    model = create_model("mom_tiny", depth=1, dim=16, hidden_dim=16)
+    with pytest.raises(ValueError, match=r"the step of this MoM cannot be compiled as one graph; generate without"):
+        CompiledStep(model, backend="eager")(PROMPT[:, 0])
+
+
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="model is a Linear; pass a CausalLM"):
         CompiledStep(torch.nn.Linear(2, 2))

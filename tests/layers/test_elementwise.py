@@ -151,9 +151,16 @@ def test_a_token_of_zeros_has_its_third_derivative() -> None:
     torch.testing.assert_close(third(norm), third(loop_norm))
 
 
-def test_angles_of_more_rows_than_there_are_tokens_are_refused() -> None:
+@pytest.mark.parametrize("shape", [(2, 3, 1, 4), (1, 1, 3, 1, 4), (1, 3, 1, 3)])
+def test_angles_of_more_than_the_tokens_or_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"cos and sin have shapes .*they must broadcast to \(1, 3, 2, 4\)"):
-        rotation(draw(1, 3, 2, 8), draw(2, 3, 1, 4))
+        rotation(draw(1, 3, 2, 8), draw(*shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 4), (1, 4), (4,), (1, 1, 2, 4)])
+def test_angles_of_fewer_axes_or_of_every_head_are_taken(shape: tuple[int, ...]) -> None:
+    x, angle = draw(1, 3, 2, 8), draw(*shape)
+    torch.testing.assert_close(rotation(x, angle), rotation(x, angle.expand(1, 3, 2, 4)))
 
 
 def test_a_token_without_rows_has_the_gradients_of_the_loop() -> None:
