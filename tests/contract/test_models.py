@@ -10,15 +10,32 @@ from tests.contract.fetched import ReadingLM
 
 # Borders of chunks, segments and windows within a few tokens.
 SMALL = {"depth": 2, "chunk_size": 4, "window": 5, "segment_size": 6, "memory": {"chunk_size": 4}}
-# Models whose layers depend on their depth, and their widths with it: deep enough for one of every kind, and narrow.
-NARROW = {"dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "hidden_dim": 24}
-BMOJO = {"ssm_options": {"num_heads": 2, "head_dim": 8, "state_dim": 6, "chunk_size": 4}}
+# What is computed does not depend on how wide it is: narrow, with several heads everywhere.
+NARROW = {"dim": 16, "num_heads": 4, "hidden_dim": 24}
+MATRIX = NARROW | {"num_heads": 2, "head_dim": 6}
+TITANS = NARROW | {"num_heads": 2, "head_dim": 8}
+HYBRID = NARROW | {"num_kv_heads": 2, "head_dim": 4}
+BMOJO = HYBRID | {"ssm_options": {"num_heads": 2, "head_dim": 8, "state_dim": 6, "chunk_size": 4}}
+# Models whose layers depend on their depth are deep enough for one of every kind.
 OWN: dict[str, dict[str, Any]] = {
-    "sambay_tiny": NARROW | {"depth": 8, "ssm_options": {"state_dim": 3, "chunk_size": 4}},
-    "samba_tiny": NARROW | {"depth": 4, "ssm_options": {"state_dim": 3, "chunk_size": 4}},
-    "transformerpp_tiny": NARROW | {"depth": 4, "self_pattern": "local_global"},
-    "bmojo_tiny": NARROW | BMOJO | {"num_eidetic": 10},  # twice the window: no chunk takes more than half of the slots
-    "bmojo_f_tiny": NARROW | BMOJO | {"depth": 1},
+    "transformer_tiny": NARROW,
+    "gpt_tiny": NARROW,
+    "hier_memory_tiny": NARROW,
+    "gmt_tiny": {"dim": 16, "navigation_dim": 8},
+    "gated_deltanet_tiny": MATRIX,
+    "mom_tiny": MATRIX,
+    "mamba_tiny": {"dim": 16, "state_dim": 3, "step_rank": 3},
+    "mamba2_tiny": {"dim": 16, "num_heads": 4, "head_dim": 8, "state_dim": 6},
+    "titans_lmm_tiny": TITANS,
+    "titans_linear_online_tiny": TITANS,
+    "titans_mac_tiny": TITANS,
+    "titans_mag_tiny": TITANS,
+    "titans_mal_tiny": TITANS,
+    "sambay_tiny": HYBRID | {"depth": 8, "ssm_options": {"state_dim": 3, "chunk_size": 4}},
+    "samba_tiny": HYBRID | {"depth": 4, "ssm_options": {"state_dim": 3, "chunk_size": 4}},
+    "transformerpp_tiny": HYBRID | {"depth": 4, "self_pattern": "local_global"},
+    "bmojo_tiny": BMOJO | {"num_eidetic": 10},  # twice the window: no chunk takes more than half of the slots
+    "bmojo_f_tiny": BMOJO | {"depth": 1},
 }
 # Options that change what a state holds or how a call is computed; each set is tested like a model of its own.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
