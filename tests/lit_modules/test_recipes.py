@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from memzoo.arch import CausalLM, create_model
+from memzoo.lit_modules import SampleText
 from memzoo.lit_modules.cli import main
 from memzoo.lit_modules.data import PhoneBookData, TopicData
 from memzoo.recipes import list_recipes, read_reference, recipe_path, recipe_summary, reference_path
@@ -80,11 +81,24 @@ def test_a_header_says_what_is_trained_how_to_run_and_override_and_what_to_expec
     assert any("outcome" in line for line in header)
 
 
+@pytest.fixture
+def short_sample(monkeypatch):
+    """A text of a few tokens at the end of a fit; the demo's test writes one of the whole length."""
+    whole = SampleText.sample
+
+    def sample(callback, *args):
+        callback.max_new_tokens = 8
+        return whole(callback, *args)
+
+    monkeypatch.setattr(SampleText, "sample", sample)
+
+
 def slow_if_another_test_runs_it(name: str) -> list[pytest.MarkDecorator]:
     """Those of longer rows are run below, and the demo's in its own tests: `make test-all` runs them here, too."""
     return [pytest.mark.slow] if name in [*LONG, "titans/mac_tiny"] else []
 
 
+@pytest.mark.usefixtures("short_sample")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if_another_test_runs_it(name)) for name in TINY])
 def test_a_tiny_recipe_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -162,6 +176,7 @@ def test_the_tiny_recipes_of_text_see_the_same_tokens_in_the_same_order():
     assert len(intervals) == 1, "they are timed alike"
 
 
+@pytest.mark.usefixtures("short_sample")
 @pytest.mark.parametrize("name", LONG)
 def test_a_recipe_of_longer_rows_logs_every_length_beside_the_trained_one(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
