@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import torch
 import yaml
@@ -22,6 +23,7 @@ from benchmark_bank import table as bank_table
 from benchmark_store import STORED
 from benchmark_store import table as store_table
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from memzoo import layers as public
 from memzoo.arch import create_model, list_models, model_card, model_entry
@@ -268,9 +270,20 @@ def on_page(page: Path) -> list[str]:
     return re.findall(r"`([\w*]+)`", paragraph[1]) if paragraph else []
 
 
+class Undrawn(TorchFunctionMode):
+    """Leave tensors as ``torch.nn.init`` gets them: on the meta device, drawing numbers is all that takes time."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the tensor at once where a function would fill it."""
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def on_meta(name: str) -> nn.Module:
     """Build a model without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         return create_model(name)
 
 
