@@ -103,7 +103,7 @@ def test_04_questions_edited_again_are_answered_anew_in_any_batch(dtype: torch.d
     """Alone, beside others and padded, where each computes the same key otherwise."""
     torch.manual_seed(0)
     host = create_model("transformer_tiny").eval().to(dtype)
-    grace = Grace.attach(host, replace="all", steps=30, radius=1e-3 if dtype == torch.float32 else 1e-2)
+    grace = Grace.attach(host, replace="all", steps=15, radius=1e-3 if dtype == torch.float32 else 1e-2)
     questions = torch.randint(5, 250, (16, 7))
     padded = torch.cat([questions, torch.zeros(16, 9, dtype=torch.long)], 1)
     mask = (torch.arange(16) < 7).expand(16, 16)
