@@ -308,9 +308,18 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: As ``forward``.
         """
-        if token.dim() != 1:
-            raise ValueError(f"token has shape {tuple(token.shape)}; step reads one a row, (batch,): use prefill")
+        _check_token(token)
         return self.prefill(token[:, None], state, trace=trace, donate=donate, **reads)
+
+    def check_step(self, token: Tensor, state: CausalLMState | None) -> None:
+        """Check the arguments of ``step`` whose values no compiled program looks at; see ``CompiledStep``.
+
+        Raises:
+            ValueError: As ``step``.
+        """
+        _check_token(token)
+        check_tokens("token", token[:, None], self.vocab_size)
+        self._block_states(state)
 
     def generate(
         self,
@@ -353,6 +362,11 @@ class CausalLM(nn.Module):
                 f"model returned, or None"
             )
         return state.blocks
+
+
+def _check_token(token: Tensor) -> None:
+    if token.dim() != 1:
+        raise ValueError(f"token has shape {tuple(token.shape)}; step reads one a row, (batch,): use prefill")
 
 
 def residual_outputs(layer: nn.Module) -> list[nn.Linear]:

@@ -2,8 +2,10 @@
 
 import contextlib
 import shutil
+import threading
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +15,10 @@ from memzoo.arch.causal_lm import CausalLM, CausalLMState
 from memzoo.arch.generation import Step
 from memzoo.arch.memory_reader import MemoryReader
 
-OPTIONS: dict[str, Any] = {
+INDUCTOR_OPTIONS: dict[str, Any] = {
     "max_autotune": True,
-    "autotune_num_choices_displayed": 0,  # it prints
+    "autotune_num_choices_displayed": 0,  # else it prints
     "max_autotune_report_choices_stats": False,
-    # Those of modules take a fifth of the time of a call.
-    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
 }
 
 
@@ -27,23 +27,25 @@ class CompiledStep:
 
     A token by itself is hundreds of operators on few numbers a block, whose dispatch takes longer than they do, and
     products that read every weight once, for which the library's general ones are slow. ``torch.compile`` makes one
-    program of them, measured in docs/BENCHMARKS.md, and tries several products for every weight. That takes about a
-    minute at the first call, and again for another batch size; later processes find most of it in the compiler's cache.
+    program of them and tries several products for every weight. That takes about a minute at the first call, and again
+    where shapes change: another batch size, a cache that begins to grow. Later processes find most of it in the
+    compiler's cache. Within one, programs and the weights in them stay in memory until it ends.
 
     Give it to ``generate``: ``model.generate(tokens, 100, step=CompiledStep(model))``. Its outputs are those of
     ``model.step`` up to rounding.
 
     Args:
         model: A model whose step is one graph, as ``it_compiles_as_one_graph`` of its contract promises; or one that
-            reads memories of a bank. Its weights and modes are taken as they are at the first call.
+            reads memories of a bank. Taken as it is at the first call; weights, parts, hooks or modes that are others
+            later are refused. What changes unseen by autograd, such as ``parameter.data`` in place, is not noticed.
         backend: What ``torch.compile`` compiles with; "inductor" on the CPU needs a C++ compiler.
 
     Shape:
         token: (batch,). Returns logits (batch, vocab_size) and the state.
 
     Raises:
-        ValueError: There is no C++ compiler; or, in a call, the step cannot be compiled, or the weights are not those
-            that were.
+        ValueError: There is no C++ compiler, or the model is a literal MAC, which reads whole segments. In a call: as
+            ``model.step``; or it cannot be compiled, or the model is not what it was at the first.
 
     Example:
         >>> import torch
@@ -56,43 +58,98 @@ class CompiledStep:
     def __init__(self, model: CausalLM | MemoryReader, *, backend: str = "inductor") -> None:
         if not isinstance(model, CausalLM | MemoryReader):
             raise ValueError(f"model is a {type(model).__name__}; pass a CausalLM or what model.reading(..) returned")
-        whole = model.model if isinstance(model, MemoryReader) else model
-        self._tensors = [*whole.parameters(), *whole.buffers()]
-        if backend == "inductor" and all(t.device.type == "cpu" for t in self._tensors):
-            check_compiler()
-        options = OPTIONS if backend == "inductor" else None
+        self.model = model
+        self._whole = model.model if isinstance(model, MemoryReader) else model
+        if any(getattr(module, "literal", False) for module in self._whole.modules()):
+            raise ValueError("model has literal=True and reads whole segments, not tokens; use literal=False")
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        self._frozen: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        if backend == "inductor":
+            if all(parameter.device.type == "cpu" for parameter in self._whole.parameters()):
+                check_compiler()
+            options |= INDUCTOR_OPTIONS
+            self._frozen = _freezing
         self._step = torch.compile(_own_code(model), fullgraph=True, backend=backend, options=options)
-        self._frozen = _freezing if backend == "inductor" else contextlib.nullcontext
-        self._name = type(whole).__name__
-        self._initial_state = whole.initial_state
-        self._compiled: list[tuple[int, int]] | None = None
+        self._compiled: _Likeness | None = None
         self._last: weakref.ref[CausalLMState] | None = None
+        self._lock = threading.Lock()
 
     @torch.no_grad()
     def __call__(
         self, token: Tensor, state: CausalLMState | None = None, *, donate: bool = False
     ) -> tuple[Tensor, CausalLMState]:
         """Read one token a row, as ``CausalLM.step`` does; the storage of ``state`` is never reused."""
-        from torch._dynamo.exc import TorchDynamoException
+        self._whole.check_step(token, state)
+        with self._lock:
+            goes_on = state is not None and self._last is not None and self._last() is state
+            if self._compiled is None:
+                self._compiled = _Likeness(self._whole)
+            elif not self._compiled.fits(self._whole, whole=not goes_on):
+                raise ValueError(
+                    "the model's weights, parts, hooks or modes have changed since its step was compiled; make a new "
+                    "CompiledStep(model)"
+                )
+            if state is None:  # the program is for tensors
+                state = self._whole.initial_state(len(token))
+            if not goes_on:  # and for strides, where a prompt leaves others
+                state = state.map(_compact)
+            logits, end = self._run(_compact(token.long()), state)
+            self._last = weakref.ref(end)
+            return logits, end
+
+    def serves(self, model: object) -> bool:
+        """Whether this is the step of ``model``, with the memories that it reads."""
+        if isinstance(model, MemoryReader) and isinstance(self.model, MemoryReader):
+            return model.model is self.model.model and model.memories is self.model.memories
+        return model is self.model
+
+    def _run(self, token: Tensor, state: CausalLMState) -> tuple[Tensor, CausalLMState]:
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
         from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-        weights = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors]
-        if self._compiled not in (None, weights):
-            raise ValueError("the model's weights have changed since its step was compiled; make a new CompiledStep")
-        if state is None:  # the program is for tensors
-            state = self._initial_state(len(token))
-        if self._last is None or self._last() is not state:  # and for strides, where a prompt leaves others
-            state = state.map(_compact)
         try:
             with self._frozen():
-                logits, end = self._step(_compact(token), state)
-        except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
+                return self._step(token, state)
+        except (TorchDynamoException, FailOnRecompileLimitHit, GuardOnDataDependentSymNode) as error:
+            self.model.step(token, state)  # says what is wrong with the arguments, if that is the reason
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(
-                f"the step of this {self._name} cannot be compiled as one graph; generate without a compiled step. "
-                f"The compiler says: {str(error).strip().splitlines()[0]}"
+                f"the step of this {type(self._whole).__name__} cannot be compiled; generate without a compiled step. "
+                f"The compiler says: {reason}"
             ) from error
-        self._compiled, self._last = weights, weakref.ref(end)
-        return logits, end
+
+
+class _Likeness:
+    """What a program took for constant of a model, to tell whether it still is."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.parts = _parts(model)  # held, so that nothing new can have their places in memory
+        self.tensors = [*model.parameters(), *model.buffers()]
+        self.versions = self._versions()
+
+    def fits(self, model: CausalLM, *, whole: bool) -> bool:
+        """Compare the tensors, and with ``whole`` everything."""
+        same = self.versions == self._versions()
+        if whole and same:
+            parts = _parts(model)
+            same = len(parts) == len(self.parts) and all(map(_is_same, parts, self.parts))
+        return same
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.tensors]
+
+
+def _parts(model: CausalLM) -> list[Any]:
+    """Return every module with its tensors, its mode and its hooks, in a flat list."""
+    parts: list[Any] = []
+    for module in model.modules():
+        parts += [module, *module._parameters.values(), *module._buffers.values()]
+        parts += [module.training, *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return parts
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b
 
 
 def _compact(x: Tensor) -> Tensor:
@@ -111,8 +168,8 @@ def _freezing() -> contextlib.AbstractContextManager[Any]:
 def _own_code(model: CausalLM | MemoryReader) -> Step:
     """Return ``model.step`` as a function with a code object of its own.
 
-    Compiled programs are found by code object and guards, and those on modules are left out here: with shared code one
-    model would run the program, and the weights, of another.
+    Compiled programs are found by code object and by guards, of which those on modules are left out, since they take a
+    fifth of a call's time: with shared code one model would run the program of another.
     """
 
     def step(token: Tensor, state: CausalLMState | None) -> tuple[Tensor, CausalLMState]:

@@ -68,6 +68,9 @@ def generate(
     check_positive("max_new_tokens", max_new_tokens)
     _check_sampling(model.vocab_size, temperature, top_k, top_p)
     stops = _stop_ids(model.vocab_size, stop)
+    serves = getattr(step, "serves", None)
+    if serves is not None and not serves(model):
+        raise ValueError("step was compiled of another model, or of one that reads other memories: make one of this")
     if generator is not None and generator.device.type != tokens.device.type:
         raise ValueError(
             f"generator is on {generator.device}, tokens on {tokens.device}; "

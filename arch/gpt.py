@@ -185,6 +185,12 @@ class GPT(CausalLM):
             self._check_last(int(positions.max()))
         return positions
 
+    def check_step(self, token: Tensor, state: CausalLMState | None) -> None:
+        """Check also that the token has a position within the context."""
+        super().check_step(token, state)
+        if state is not None and token.device.type == "cpu":
+            self._check_last(int(state.blocks[0].position.max()))
+
     def _check_last(self, position: int) -> None:
         if position >= self.context:
             raise ValueError(

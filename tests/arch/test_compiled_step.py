@@ -1,6 +1,6 @@
 """A compiled step reads what the model's own step reads, for whoever calls it, and refuses what it cannot do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -92,43 +92,137 @@ def test_a_reader_of_memories_is_compiled_with_them():
     model = create_model("hier_memory_tiny", depth=1, dim=16, hidden_dim=16, num_heads=2, head_dim=4).double()
     layout = model.layout((4, 2), branching=2, dtype=torch.float64)
     blocks = {level: torch.randn(layout.block_shape(level), dtype=torch.float64) for level in layout.levels}
-    reader = model.reading(Fetched.of(layout, torch.tensor([[0, 1], [1, 2]]), lambda node: blocks[node.level]))
+
+    def fetch() -> Fetched:
+        return Fetched.of(layout, torch.tensor([[0, 1], [1, 2]]), lambda node: blocks[node.level])
+
+    reader = model.reading(fetch())
     step = CompiledStep(reader, backend="eager")
     _, state = reader.prefill(PROMPT)
     assert_same(step(PROMPT[:, 0], state), reader.step(PROMPT[:, 0], state))
     assert not torch.allclose(step(PROMPT[:, 0], state)[0], model.step(PROMPT[:, 0], state)[0])
     assert len(list(reader.generate(PROMPT, 2, step=step))) == 2
+    assert len(list(model.generate(PROMPT, 2, memories=reader.memories, step=step))) == 2
     with pytest.raises(ValueError, match="reroute changes them: pass one of the two"):
         reader.generate(PROMPT, 2, step=step, reroute=lambda text: None)
+    for unread in (model, model.reading(fetch())):
+        with pytest.raises(ValueError, match="or of one that reads other memories"):
+            unread.generate(PROMPT, 2, step=step)
+
+
+def learn(model: Any) -> None:
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a step of learning": learn,
+    "loaded": lambda model: model.load_state_dict(small().state_dict()),
+    "loaded in their place": lambda model: model.load_state_dict(small().state_dict(), assign=True),
+    "cast": lambda model: model.float(),
+    "a new parameter": lambda model: setattr(model.norm, "weight", torch.nn.Parameter(torch.ones(8))),
+    "a new part": lambda model: setattr(model.blocks[0], "ffn", None),
+    "a hook": lambda model: model.norm.register_forward_hook(lambda module, inputs, y: 2 * y),
+    "another mode": lambda model: model.eval(),
+}
 
 
 @pytest.mark.usefixtures("as_written")
-@pytest.mark.parametrize("change", ["step", "load", "cast"])
-def test_changed_weights_are_refused(change):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_has_changed_is_refused(change):
     model = small()
     step = CompiledStep(model, backend="eager")
     _, state = step(PROMPT[:, 0])
-    if change == "step":
-        with torch.no_grad():
-            model.norm.weight.mul_(2)
-    elif change == "load":
-        model.load_state_dict(small().state_dict())
-    else:
-        model.float()
-    with pytest.raises(ValueError, match=r"weights have changed .* make a new CompiledStep"):
-        step(PROMPT[:, 1], state)
+    step(PROMPT[:, 1], state)
+    CHANGES[change](model)
+    with pytest.raises(ValueError, match=r"have changed since .* make a new CompiledStep"):
+        step(PROMPT[:, 1], state.clone())
     assert_same(CompiledStep(model, backend="eager")(PROMPT[:, 0]), model.step(PROMPT[:, 0]))
+
+
+@pytest.mark.usefixtures("as_written")
+def test_weights_that_change_amid_a_stream_are_refused():
+    model = small()
+    step = CompiledStep(model, backend="eager")
+    _, state = step(PROMPT[:, 0])
+    learn(model)
+    with pytest.raises(ValueError, match="have changed"):
+        step(PROMPT[:, 1], state)
+
+
+def test_a_first_call_that_fails_counts_as_the_first():
+    model = small()
+    step = CompiledStep(model, backend=lambda graph, inputs: lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(PROMPT[:, 0])
+    learn(model)
+    with pytest.raises(ValueError, match="have changed"):
+        step(PROMPT[:, 0])
+
+
+def test_two_models_of_one_shape_have_their_own_programs():
+    for model in (small(), small(loss_scale=3.0)):
+        step = CompiledStep(model, backend="eager")
+        _, state = model.prefill(PROMPT)
+        assert_same(step(PROMPT[:, 0], state), model.step(PROMPT[:, 0], state))
+
+
+def test_a_state_of_any_strides_runs_the_one_program():
+    model, programs = small(), []
+    step = CompiledStep(model, backend=lambda graph, _: programs.append(graph) or graph.forward)
+    _, state = model.prefill(PROMPT)
+    turned = state.map(lambda t: t.transpose(0, -1).contiguous().transpose(0, -1))
+    for start in (state, turned):
+        assert_same(step(PROMPT[:, 0], start), model.step(PROMPT[:, 0], state))
+    assert len(programs) == 1
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (PROMPT, "token has shape"),
+        (torch.tensor(3), "token has shape"),
+        (torch.tensor([1, 11]), "token"),
+        (torch.tensor([1, -1]), "token"),
+        (torch.tensor([1.0, 2.0]), "token"),
+        (torch.tensor([1, 2, 3]), "state has 2 rows, x has batch 3"),
+    ],
+)
+def test_wrong_arguments_are_what_they_are_without_it(token, message):
+    model = small()
+    _, state = model.prefill(PROMPT)
+    for step in (model.step, CompiledStep(model, backend="eager")):
+        with pytest.raises(ValueError, match=message):
+            step(token, state)
+        with pytest.raises(ValueError, match="state is a tuple"):
+            step(PROMPT[:, 0], (state,))
+
+
+def test_a_token_beyond_the_context_is_refused():
+    model = create_model("gpt_tiny", depth=1, dim=8, num_heads=2, hidden_dim=8, context=4)
+    _, state = model.prefill(PROMPT)
+    with pytest.raises(ValueError, match="tokens reach position 4, the model has context=4"):
+        CompiledStep(model, backend="eager")(PROMPT[:, 0], state)
+
+
+@pytest.mark.usefixtures("as_written")
+def test_generation_refuses_the_step_of_another_model():
+    model, other = small(), small()
+    with pytest.raises(ValueError, match="step was compiled of another model"):
+        model.generate(PROMPT, 2, step=CompiledStep(other, backend="eager"))
 
 
 def test_a_step_that_depends_on_the_data_is_refused_in_one_line():
     model = create_model("mom_tiny", depth=1, dim=16, hidden_dim=16)
-    with pytest.raises(ValueError, match=r"the step of this MoM cannot be compiled as one graph; generate without"):
+    with pytest.raises(ValueError, match="the step of this MoM cannot be compiled; generate without"):
         CompiledStep(model, backend="eager")(PROMPT[:, 0])
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="model is a Linear; pass a CausalLM"):
         CompiledStep(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="literal=True and reads whole segments"):
+        CompiledStep(create_model("titans_mac_tiny", depth=1, literal=True))
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler.*install one"):
         CompiledStep(small())
