@@ -60,7 +60,7 @@ def generate_text(
     step = None
     if compile:
         step = CompiledStep(model)
-        print("compiling at the second token, about a minute the first time", file=sys.stderr)
+        print("compiling, about a minute the first time", file=sys.stderr)
     tokens = torch.tensor([trained.tokenizer.encode(prompt)], device=device)
     stream = TextStream(trained.tokenizer.decode)
     print(prompt, end="", flush=True)
