@@ -27,8 +27,8 @@ class CompiledStep:
 
     A token by itself is hundreds of operators on few numbers a block, whose dispatch takes longer than they do, and
     products that read every weight once, for which the library's general ones are slow. ``torch.compile`` makes one
-    program of them and tries several products for every weight. That takes about a minute at the first call, and again
-    where shapes change: another batch size, a cache that begins to grow. Later processes find most of it in the
+    program of them and tries several products for every weight. That takes a minute or two at the first call, and again
+    where shapes change: another batch size, a cache that begins to grow. Later processes find about half of it in the
     compiler's cache. Within one, programs and the weights in them stay in memory until it ends.
 
     Give it to ``generate``: ``model.generate(tokens, 100, step=CompiledStep(model))``. Its outputs are those of

@@ -42,8 +42,8 @@ def generate_text(
         routing_temperature: Of graph memory cells; that at which the run was evaluated by default.
         tokenizer: "bytes" or a tokenizer.json; the one the model was trained with by default.
         device: Where to run.
-        compile: Compile what is done for a token first, which takes about a minute and makes it several times faster;
-            on the CPU it needs a C++ compiler.
+        compile: First compile what is done for a token. That takes a minute or two, later runs half of it, and a token
+            then a fraction of its time: worth it for thousands of tokens. On the CPU it needs a C++ compiler.
 
     Raises:
         ValueError: The checkpoint cannot be read or does not fit, an option is out of range, or there is no compiler.
@@ -57,11 +57,13 @@ def generate_text(
         check_compiler()
     trained = TrainedRun.find(checkpoint, tokenizer=tokenizer, device=device, routing_temperature=routing_temperature)
     model = trained.load()
+    tokens = torch.tensor([trained.tokenizer.encode(prompt)], device=device)
     step = None
     if compile:
+        print("compiling, a minute or two the first time", file=sys.stderr, flush=True)
         step = CompiledStep(model)
-        print("compiling, about a minute the first time", file=sys.stderr)
-    tokens = torch.tensor([trained.tokenizer.encode(prompt)], device=device)
+        with torch.no_grad():
+            step(tokens[:, -1], model.prefill(tokens)[1])  # now, not within the text
     stream = TextStream(trained.tokenizer.decode)
     print(prompt, end="", flush=True)
     for token in model.generate(
