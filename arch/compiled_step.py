@@ -1,6 +1,7 @@
 """CompiledStep: what a model does for every generated token, as one compiled program."""
 
 import contextlib
+import operator
 import shutil
 import threading
 import types
@@ -37,7 +38,8 @@ class CompiledStep:
     Args:
         model: A model whose step is one graph, as ``it_compiles_as_one_graph`` of its contract promises; or one that
             reads memories of a bank. Taken as it is at the first call; weights, parts, hooks or modes that are others
-            later are refused. What changes unseen by autograd, such as ``parameter.data`` in place, is not noticed.
+            later are refused. What changes unseen by autograd, such as ``parameter.data`` in place or weights made in
+            inference mode, is not noticed.
         backend: What ``torch.compile`` compiles with; "inductor" on the CPU needs a C++ compiler.
 
     Shape:
@@ -132,7 +134,7 @@ class _Likeness:
         same = self.versions == self._versions()
         if whole and same:
             parts = _parts(model)
-            same = len(parts) == len(self.parts) and all(map(_is_same, parts, self.parts))
+            same = len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
         return same
 
     def _versions(self) -> list[tuple[int, int]]:
@@ -146,10 +148,6 @@ def _parts(model: CausalLM) -> list[Any]:
         parts += [module, *module._parameters.values(), *module._buffers.values()]
         parts += [module.training, *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return parts
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    return a is b
 
 
 def _compact(x: Tensor) -> Tensor:
