@@ -53,6 +53,7 @@ class TitansMAG(CausalLM):
         qk_norm: RMS-normalise the attention's queries and keys.
         gate: How attention and memory are combined, a form of ``MemoryGate``.
         memory: Keyword options of ``memzoo.layers.NeuralMemory``, such as ``{"memory_depth": 3}``.
+        backend: Of the attention: "auto", "torch" or "flash_attn".
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
         checkpoint_blocks: Compute each block again in the backward pass.
@@ -83,6 +84,7 @@ class TitansMAG(CausalLM):
         qk_norm: bool = False,
         gate: str = "sigmoid_memory",
         memory: Mapping[str, Any] | None = None,
+        backend: str = "auto",
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
         checkpoint_blocks: bool = False,
@@ -99,6 +101,7 @@ class TitansMAG(CausalLM):
                 qk_norm=qk_norm,
                 gate=gate,
                 memory=memory,
+                backend=backend,
             )
 
         check_positive("depth", depth)

@@ -50,6 +50,7 @@ class TitansMAL(CausalLM):
         rotary_base: Base of the rotary embedding; None for no positions.
         qk_norm: RMS-normalise the attention's queries and keys.
         memory: Keyword options of ``memzoo.layers.NeuralMemory``, such as ``{"memory_depth": 3}``.
+        backend: Of the attention: "auto", "torch" or "flash_attn".
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
         checkpoint_blocks: Compute each block again in the backward pass.
@@ -79,6 +80,7 @@ class TitansMAL(CausalLM):
         rotary_base: float | None = 10000.0,
         qk_norm: bool = False,
         memory: Mapping[str, Any] | None = None,
+        backend: str = "auto",
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
         checkpoint_blocks: bool = False,
@@ -94,6 +96,7 @@ class TitansMAL(CausalLM):
                 rotary_base=rotary_base,
                 qk_norm=qk_norm,
                 memory=memory,
+                backend=backend,
             )
 
         check_positive("depth", depth)

@@ -46,6 +46,7 @@ class Transformer(CausalLM):
         window: Keys a token attends to, its own included; None for all.
         rotary_base: Base of the rotary angles; None for no positions.
         qk_norm: RMS-normalise queries and keys.
+        backend: Of the attention: "auto", "torch" or "flash_attn".
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
         checkpoint_blocks: Compute each block again in the backward pass.
@@ -54,7 +55,7 @@ class Transformer(CausalLM):
         As ``CausalLM``.
 
     Raises:
-        ValueError: A size is not positive, or does not divide another.
+        ValueError: A size is not positive, does not divide another, or the backend is missing.
 
     Reference:
         Touvron et al., arXiv 2302.13971, section 2.2.
@@ -73,6 +74,7 @@ class Transformer(CausalLM):
         window: int | None = None,
         rotary_base: float | None = 10000.0,
         qk_norm: bool = False,
+        backend: str = "auto",
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
         checkpoint_blocks: bool = False,
@@ -83,6 +85,7 @@ class Transformer(CausalLM):
             "num_kv_heads": num_kv_heads,
             "rotary_base": rotary_base,
             "qk_norm": qk_norm,
+            "backend": backend,
         }
 
         def attention() -> SequenceMixer:

@@ -197,6 +197,7 @@ def test_every_option_of_the_memory_is_an_option_of_the_model_with_its_default()
             "SlidingWindowAttention",
             {
                 "num_heads": 8, "head_dim": 16, "num_kv_heads": 2, "window": 7, "rotary_base": None, "qk_norm": True,
+                "backend": "torch",
             },
         ),
     ],
@@ -224,8 +225,8 @@ OWN = {
         "segment_size": 8, "gate": "convex", "literal": True, "retrieved_positions": False, "shared_query": False,
         "residual": True,
     },
-    "titans_mag": {"window": 8, "gate": "convex", "num_kv_heads": 2},
-    "titans_mal": {"window": 8, "num_kv_heads": 2},
+    "titans_mag": {"window": 8, "gate": "convex", "num_kv_heads": 2, "backend": "torch"},
+    "titans_mal": {"window": 8, "num_kv_heads": 2, "backend": "torch"},
 }  # fmt: skip
 
 
@@ -237,7 +238,7 @@ def test_options_of_attention_and_memory_arrive_at_the_layer(
     mixer, given = getattr(module, layer), PLACED | OWN[name] | {"memory": MEMORY}
     architecture = model_entry(f"{name}_tiny").architecture
     taken, offered = (inspect.signature(cls).parameters for cls in (mixer, architecture))
-    assert taken.keys() - {"dim", "backend"} == given.keys()
+    assert taken.keys() - {"dim"} == given.keys()
     assert all(offered[option].default == taken[option].default for option in given)
 
     def build(dim: int, **options: Any) -> nn.Module:

@@ -80,6 +80,7 @@ def test_a_model_carries_its_name_and_its_whole_configuration() -> None:
         "window": None,
         "rotary_base": 10000.0,
         "qk_norm": False,
+        "backend": "auto",
         "hidden_dim": 512,
         "tie_embeddings": True,
         "checkpoint_blocks": False,
