@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice, check_divisible, check_positive
 from memzoo.layers.ops.activations import ACTIVATIONS
+from memzoo.layers.ops.backend import check_backend
 from memzoo.layers.ops.memory_arguments import Weights
+from memzoo.layers.ops.neural_memory_triton import BACKENDS, check_triton
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.short_conv import ShortConvState
 from memzoo.layers.state import MixerState
@@ -99,7 +101,7 @@ def check_options(
         check_positive("conv_width", conv_width, "it counts the current token; use None for no convolution")
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("read", read, ("post", "pre"))
-    check_choice("backend", backend, ("auto", "torch"))
+    check_backend(backend, BACKENDS)
     for name, value in (
         ("max_learning_rate", max_learning_rate),
         ("loss_scale", loss_scale),
@@ -121,6 +123,16 @@ def check_options(
         raise ValueError(
             f"checkpoint_chunks={checkpoint_chunks} is for the chunk form; a linear memory with chunk_size=1 is "
             f"solved in blocks and keeps little as it is: use None"
+        )
+    if backend == "triton":
+        check_triton(
+            memory_depth=memory_depth,
+            residual_norm=residual_norm,
+            max_gradient_norm=max_gradient_norm,
+            checkpoint_chunks=checkpoint_chunks,
+            head_dim=head_dim,
+            hidden_width=hidden_width(head_dim, memory_expansion),
+            chunk_size=chunk_size,
         )
     if implicit_step and (chunk_size, memory_depth, residual_norm) != (1, 1, False):
         raise ValueError(

@@ -22,6 +22,7 @@ FUNCTIONAL = {"memzoo.layers.ops", "memzoo.layers.errors", "memzoo.layers.state"
 ALLOWED = {
     "layers/reference": {"memzoo.layers", "torch"},  # a loop may read the parameters of the layer it spells out
     "layers/ops": FUNCTIONAL,
+    "layers/ops/kernels": {"memzoo.layers.ops.kernels", "triton"},
     "layers/banks": {"memzoo.layers", "torch"},
     "layers/stores": {"memzoo.layers", "torch"},
     "layers": {"memzoo.layers", "torch", "einops"},
@@ -99,6 +100,12 @@ def test_no_package_is_imported_whole_from_within_itself() -> None:
     for package in ("layers", "arch", "lit_modules"):
         for path in (ROOT / package).rglob("*.py"):
             assert f"memzoo.{package}" not in [name for name, lazy in imports(path) if not lazy], path
+
+
+def test_kernels_are_imported_where_they_run() -> None:
+    for path in FILES:
+        if path.parent.name != "kernels":
+            assert not [name for name, lazy in imports(path) if "layers.ops.kernels" in name and not lazy], path
 
 
 def test_nothing_that_runs_depends_on_a_reference() -> None:

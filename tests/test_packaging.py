@@ -37,8 +37,16 @@ EXTRAS = {name for requirements in PROJECT["optional-dependencies"].values() for
 
 
 def third_party(*, lazy: bool) -> dict[str, Path]:
-    """Return the packages that our files import, when loaded or inside functions, each with one of the files."""
-    found = {name.partition(".")[0]: path for path in FILES for name, is_lazy in imports(path) if is_lazy == lazy}
+    """Return the packages that our files import, when loaded or inside functions, each with one of the files.
+
+    Kernels are files that are imported inside functions.
+    """
+    found = {
+        name.partition(".")[0]: path
+        for path in FILES
+        for name, is_lazy in imports(path)
+        if (is_lazy or path.parent.name == "kernels") == lazy
+    }
     return {name: path for name, path in found.items() if name not in sys.stdlib_module_names | {"memzoo"}}
 
 

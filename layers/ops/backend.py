@@ -9,7 +9,13 @@ import torch
 
 from memzoo.layers.errors import check_choice
 
-LIBRARIES = {"flash_attn": "flash-attn", "fla": "fla-core", "mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+LIBRARIES = {
+    "flash_attn": "flash-attn",
+    "fla": "fla-core",
+    "mamba_ssm": "mamba-ssm",
+    "causal_conv1d": "causal-conv1d",
+    "triton": "triton",
+}
 """Import name -> distribution of every optional library."""
 
 

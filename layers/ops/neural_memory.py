@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memzoo.layers.errors import check_choice, check_positive
 from memzoo.layers.ops.activations import ACTIVATIONS
+from memzoo.layers.ops.backend import check_backend
 from memzoo.layers.ops.chunk_grid import ChunkGrid
 from memzoo.layers.ops.memory_arguments import (
     Weights,
@@ -29,6 +30,7 @@ from memzoo.layers.ops.neural_memory_chunk_scan import ChunkScan, where
 from memzoo.layers.ops.neural_memory_norm import normalise
 from memzoo.layers.ops.neural_memory_step import neural_memory_step
 from memzoo.layers.ops.neural_memory_tables import chunk_coefficients
+from memzoo.layers.ops.neural_memory_triton import BACKENDS, FusedScan, choose_triton
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.trace import Trace
 
@@ -83,7 +85,9 @@ def neural_memory(
         lengths: Tokens that exist in each row, from the left; all by default. Outputs past them are zero.
         checkpoint_chunks: Keep for the backward pass only the state before every so many chunks and compute the rest
             again, group by group: memory for one group's work instead of all. None keeps everything.
-        backend: "torch" or "auto", which is the same.
+        backend: "torch"; "auto", which is the same; or "triton", one kernel forward and one backward on a GPU, of a
+            memory of two layers without norm and limit. It takes calls of at least a chunk from the start of a text;
+            others go to torch.
 
     Shape:
         q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha: (batch, time, heads).
@@ -156,7 +160,7 @@ def neural_memory_scan(
     )
     check_positive("chunk_size", chunk_size)
     check_choice("read", read, ("post", "pre"))
-    check_choice("backend", backend, ("auto", "torch"))
+    check_backend(backend, BACKENDS)
     check_choice("activation", activation, ACTIVATIONS)
     if max_gradient_norm is not None and not max_gradient_norm > 0:
         raise ValueError(f"max_gradient_norm={max_gradient_norm} is not positive; use None for no limit")
@@ -200,7 +204,9 @@ def neural_memory_scan(
         )
         first = tuple(w - m for w, m in zip(start, anchor, strict=True)) if anchor else start
         norm_rows = () if norm is None else tuple(t.to(dtype).repeat(batch, 1)[:, None] for t in norm)
+        fused = choose_triton(backend, settings, checkpoint_chunks, chunk_size, q, v, start[0].shape[-1])
         reads, errors, carry, last_base = _scan(
+            FusedScan if fused else ChunkScan,
             settings,
             read,
             checkpoint_chunks,
@@ -229,6 +235,7 @@ def neural_memory_scan(
 
 
 def _scan(
+    function: type[ChunkScan | FusedScan],
     settings: ChunkSettings,
     read: str,
     group: int | None,
@@ -239,7 +246,7 @@ def _scan(
     anchor: Weights,
     norm: Weights,
 ) -> tuple[Tensor, Tensor, Weights, Weights]:
-    """Scan all chunks, ``group`` of them at a time; return reads, errors, carry and last base."""
+    """Scan all chunks by ``function``, ``group`` of them at a time; return reads, errors, carry and last base."""
     num_chunks, depth = grid.chunks, settings.depth
     q, k, v, theta, eta, alpha = inputs
     reads, errors = [], []
@@ -252,7 +259,7 @@ def _scan(
             last_base = start if reached is None else where(reached[0], start, last_base)
             settings = replace(settings, has_base=reached is not None)
         own_base = last_base if settings.has_base else ()
-        part = functools.partial(_scan_group, settings, read, real, reached)
+        part = functools.partial(_scan_group, function, settings, read, real, reached)
         if group is not None and settings.keeps_work:
             part = functools.partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
         gates = (theta[here], None if eta is None else eta[here], alpha[here])
@@ -267,6 +274,7 @@ def _scan(
 
 
 def _scan_group(
+    function: type[ChunkScan | FusedScan],
     settings: ChunkSettings,
     read: str,
     real: Tensor | None,
@@ -277,9 +285,9 @@ def _scan_group(
     gates: tuple[Tensor, Tensor | None, Tensor],
     *states: Tensor,
 ) -> Weights:
-    """Scan consecutive chunks: from gates to ``ChunkScan``."""
+    """Scan consecutive chunks: from gates to ``function``."""
     coefficients = chunk_coefficients(*gates, real, read)
-    scanned: Weights = ChunkScan.apply(settings, reached, q, k, v, *coefficients, *states)
+    scanned: Weights = function.apply(settings, reached, q, k, v, *coefficients, *states)
     if not settings.has_norm:
         return scanned
     gain, bias = states[-2:]

@@ -85,6 +85,11 @@ def cases(
     def in_chunks(depth: int) -> Work:
         return train_function(lambda *t: neural_memory(*t[:6], t[6:], chunk_size=chunk)[0], inputs(depth))
 
+    def fused(depth: int) -> Work:
+        return train_function(
+            lambda *t: neural_memory(*t[:6], t[6:], chunk_size=chunk, backend="triton")[0], inputs(depth)
+        )
+
     def compiled(depth: int) -> Work:
         step = compiled_memory(backend)
         return train_function(lambda *t: chunk_by_chunk(step, chunk, *t), inputs(depth))
@@ -99,7 +104,8 @@ def cases(
         q, k, v, theta, _, alpha, weight = inputs(1)
         return train_function(run, [q, k, v, theta, alpha, weight])
 
-    kernels_missing = missing("fla") if device == "cuda" else "its kernels need a CUDA device"
+    def kernels_of(library: str) -> str | None:
+        return absent or (missing(library) if device == "cuda" else "its kernels need a CUDA device")
 
     def fla() -> Work:
         q, k, v, theta, _, alpha, _ = inputs(1)
@@ -115,9 +121,12 @@ def cases(
             variant("ops.neural_memory, float32", lambda: in_chunks(depth), products),
             variant("ops.neural_memory, TF32, compiled, a call a chunk", lambda: in_tf32(compiled(depth)), products),
             *more,
-            Variant(FLA, fla, batch * time, missing=absent or kernels_missing),
+            Variant(FLA, fla, batch * time, missing=kernels_of("fla")),
         ]
 
+    triton = Variant(
+        "ops.neural_memory, TF32, Triton", lambda: in_tf32(fused(2)), batch * time, missing=kernels_of("triton")
+    )
     solved = online_products(batch, time, heads, head_dim=head_dim, chunk_size=chunk)
     linear = in_depth(
         1,
@@ -125,9 +134,10 @@ def cases(
         variant("ops.neural_memory_online, TF32, no momentum", lambda: in_tf32(online_without_momentum())),
     )
     shared: dict[str, Any] = dict(note=NOTE, targets={FLA: 1 / 3}, device=device)  # at most three times slower
+    deep = in_depth(2, triton)
     return [
         Case("cuda_linear_memory", "cuda", f"On CUDA, linear memory: {sizes}", linear, **shared),
-        Case("cuda_deep_memory", "cuda", f"On CUDA, memory of two layers, h = 2d: {sizes}", in_depth(2), **shared),
+        Case("cuda_deep_memory", "cuda", f"On CUDA, memory of two layers, h = 2d: {sizes}", deep, **shared),
     ]
 
 

@@ -53,6 +53,7 @@ def test_the_report_says_of_every_library_whether_it_can_be_used(installed, monk
         "fla": "0.4.0, idle: no CUDA device",
         "mamba_ssm": "unknown version, idle: no CUDA device",
         "causal_conv1d": "not installed",
+        "triton": "not installed",
     }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert backend.report()["fla"] == "0.4.0, usable"

@@ -1,0 +1,84 @@
+"""What both kernels of a neural memory's scan use: places of tiles, the error, activations and their derivatives."""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile(start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
+    """Places of a part of a matrix whose rows lie ``STRIDE`` apart."""
+    return start + tl.arange(0, ROWS)[:, None] * STRIDE + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def error_at_base(
+    k, v, old, fixed, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, B: tl.constexpr, HAS_ANCHOR: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``v - M(W; k)`` of a chunk."""
+    error = tl.load(tile(v, C, D, D))
+    for b in range(0, H, B):
+        x0 = tl.load(tile(k, C, D, D))
+        w1 = tl.load(tile(old + b, D, B, H))
+        w2 = tl.load(tile(old + D * H + b * D, B, D, D))
+        if HAS_ANCHOR:
+            w1 += tl.load(tile(fixed + b, D, B, H))
+            w2 += tl.load(tile(fixed + D * H + b * D, B, D, D))
+        x1 = activate(tl.dot(x0, w1, input_precision=PRECISION), ACTIVATION)
+        error -= tl.dot(x1, w2, input_precision=PRECISION)
+    return error
+
+
+@triton.jit
+def _density(z):
+    """Of the standard normal."""
+    return tl.exp(z * z * -0.5) * 0.3989422804014327
+
+
+@triton.jit
+def _distribution(z):
+    """Of the standard normal."""
+    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """A function of ``memzoo.layers.ops.activations``, by its name."""
+    if ACTIVATION == "silu":
+        value = z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "gelu":
+        value = z * _distribution(z)
+    elif ACTIVATION == "relu":
+        value = tl.where(z > 0, z, 0.0)
+    else:
+        value = z
+    return value
+
+
+@triton.jit
+def slope_of(z, ACTIVATION: tl.constexpr):
+    """Its first derivative."""
+    if ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(-z))
+        slope = s + z * s * (1.0 - s)
+    elif ACTIVATION == "gelu":
+        slope = _distribution(z) + z * _density(z)
+    elif ACTIVATION == "relu":
+        slope = tl.where(z > 0, 1.0, 0.0).to(z.dtype)
+    else:
+        slope = tl.zeros_like(z) + 1.0
+    return slope
+
+
+@triton.jit
+def bend_of(z, ACTIVATION: tl.constexpr):
+    """Its second derivative."""
+    if ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(-z))
+        bend = s * (1.0 - s) * (2.0 + z * (1.0 - 2.0 * s))
+    elif ACTIVATION == "gelu":
+        bend = (2.0 - z * z) * _density(z)
+    else:
+        bend = tl.zeros_like(z)
+    return bend

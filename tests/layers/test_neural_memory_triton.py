@@ -1,0 +1,244 @@
+"""The Triton kernels of the neural memory, without a GPU.
+
+Triton's interpreter runs them with numpy and gives the numbers of the torch backend, in float64; its compiler makes
+code for GPUs that are not here and says what of their shared memory it takes. What only a GPU shows, races and speed
+among it, is in the tests marked ``gpu``.
+"""
+
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memzoo.layers.neural_memory import NeuralMemory
+from memzoo.layers.ops import backend as libraries
+from memzoo.layers.ops import neural_memory_triton as backend
+from memzoo.layers.ops.neural_memory import neural_memory
+from memzoo.layers.ops.neural_memory_chunk import ChunkSettings
+from tests.interpreted_triton import run_interpreted
+from tests.layers.neural_memory_cases import make_case
+
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="needs triton, which torch brings on Linux")
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the arguments, then the options
+    "everything": (
+        dict(batch=2, time=24, heads=1, dim=16, hidden=64),
+        dict(lengths=[9, 24], loss_scale=2.0, keep=("momentum", "anchor")),
+    ),
+    "plain": (dict(batch=1, time=48, heads=2, dim=16, hidden=16), dict(read="pre", keep=())),
+    "no momentum": (dict(time=35, heads=1, dim=32, hidden=16), dict(activation="gelu", keep=("anchor",), eta=None)),
+    "relu": (dict(time=16, heads=1, dim=16, hidden=48), dict(activation="relu", keep=("momentum",))),
+    "identity": (dict(time=17, heads=1, dim=16, hidden=16), dict(activation="identity", keep=("momentum",))),
+    "a row of no tokens": (dict(time=32, heads=1, dim=16, hidden=16), dict(lengths=[0, 32], keep=("momentum",))),
+}
+
+
+def call(case: dict[str, Any], options: dict[str, Any], backend: str) -> list[Tensor]:
+    """Return outputs, final weights and momentum, and the gradients of a random sum of them in all arguments."""
+    options = dict(options)
+    arguments = {name: case[name] for name in ("q", "k", "v", "theta", "eta", "alpha", "weights", *options.pop("keep"))}
+    arguments |= {name: options.pop(name) for name in ("eta",) if name in options}
+    given = {
+        name: tuple(w.detach().requires_grad_() for w in t) if isinstance(t, tuple) else t.detach().requires_grad_()
+        for name, t in arguments.items()
+        if t is not None
+    }
+    lengths = options.pop("lengths", None)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    inputs = [w for t in given.values() for w in (t if isinstance(t, tuple) else (t,))]
+    y, weights, momentum = neural_memory(
+        **({"eta": None} | given), **options, lengths=lengths, chunk_size=16, backend=backend
+    )
+    outputs = [y, *weights, *momentum]
+    draw = torch.Generator().manual_seed(1)
+    total = sum((t * torch.randn(t.shape, generator=draw, dtype=t.dtype)).sum() for t in outputs)
+    return [*outputs, *torch.autograd.grad(total, inputs)]
+
+
+def distances(name: str) -> list[float]:
+    """Largest differences between the backends, and without gradients; for the process of the interpreter."""
+    backend._check_place = lambda q: None  # no device, and float64
+    backend.precision = lambda: "ieee"
+    size, options = CASES[name]
+    case = make_case(**size)
+    found, expected = (call(case, options, name) for name in ("triton", "torch"))
+    apart = [(x - y).abs().max().item() / (1 + y.abs().max().item()) for x, y in zip(found, expected, strict=True)]
+    own, args = backend.FusedScan.forward, []
+
+    def forward(ctx: Any, settings: ChunkSettings, *rest: Any) -> Any:
+        args.append((settings, *rest))
+        return own(ctx, settings, *rest)
+
+    backend.FusedScan.forward = staticmethod(forward)
+    call(case, options, "triton")
+    kept = backend.FusedScan.apply(*args[0])
+    with torch.no_grad():
+        alone = backend.FusedScan.apply(replace(args[0][0], keeps_work=False), *args[0][1:])
+    return apart + [(x - y).abs().max().item() for x, y in zip(alone, kept, strict=True)]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "name", [name if name == "everything" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_interpreted_kernels_equal_the_torch_backend_in_values_and_all_gradients(name: str) -> None:
+    found = run_interpreted(__name__, "distances", name)
+    assert len(found) >= 15
+    assert max(found) < 1e-10
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "capability", "shared_memory"),
+    [("tf32", 80, 163 * 1024), ("tf32", 90, 227 * 1024), ("tf32x3", 90, 227 * 1024)],
+)
+@pytest.mark.parametrize("kernel", ["scan_forward", "scan_backward"])
+def test_kernels_of_the_largest_head_compile_and_fit(
+    kernel: str, precision: str, capability: int, shared_memory: int
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from memzoo.layers.ops.kernels import neural_memory as kernels
+
+    sizes = dict(C=max(backend.SIZES), D=max(backend.SIZES), H=128, B=backend.part_of(128))
+    options = dict(HAS_MOMENTUM=True, HAS_ANCHOR=True, ACTIVATION="silu", PRECISION=precision)
+    numbers = {"num_chunks": "i32", "num_rows": "i32", "state_stride": "i32", "loss_scale": "fp32", "last": "*i32"}
+    function = getattr(kernels, kernel)
+    signature = {p.name: "constexpr" if p.is_constexpr else numbers.get(p.name, "*fp32") for p in function.params}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(function, signature, sizes | options, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=8, num_stages=1))
+    assert compiled.metadata.shared <= shared_memory
+    assert "cubin" in compiled.asm
+
+
+SIZES = dict(dim=256, num_heads=4, chunk_size=64)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is here, whether it is or not."""
+    monkeypatch.setattr(libraries, "is_installed", lambda library: True)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"memory_depth": 3}, "memory_depth=3; use 2"),
+        ({"memory_depth": 1, "chunk_size": 1}, "memory_depth=1; use 2"),
+        ({"residual_norm": True}, "residual_norm=True; use False"),
+        ({"max_gradient_norm": 1.0}, "max_gradient_norm=1.0; use None"),
+        ({"checkpoint_chunks": 4}, "checkpoint_chunks=4, .*; use None"),
+        ({"num_heads": 2}, "head_dim=128; use one of 16, 32, 64"),
+        ({"chunk_size": 100}, "chunk_size=100; use one of 16, 32, 64"),
+        ({"memory_expansion": 1.125}, "the memory has 72 hidden units; use a multiple of 16"),
+    ],
+)
+def test_a_memory_that_the_kernels_do_not_take_is_refused_when_it_is_built(options, words) -> None:
+    with pytest.raises(ValueError, match=f"^backend='triton' does not apply: {words}, or use backend='auto'$"):
+        NeuralMemory(**SIZES | options, backend="triton")
+
+
+@pytest.mark.usefixtures("installed")
+def test_without_triton_or_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = NeuralMemory(**SIZES, backend="triton")
+    with pytest.raises(ValueError, match=r"q is on cpu; move the inputs to CUDA, or use backend='auto'"):
+        layer(torch.randn(1, 64, 256))
+    with pytest.raises(ValueError, match=r"q is on cpu"):
+        layer.double()(torch.randn(1, 64, 256, dtype=torch.float64))
+    monkeypatch.setattr(libraries, "is_installed", lambda library: False)
+    with pytest.raises(ValueError, match="backend='triton' needs the package triton, which is not installed"):
+        NeuralMemory(**SIZES, backend="triton")
+
+
+FITTING = ChunkSettings(2, 2, "silu", 1.0, None, False, False, False, True)
+
+
+def test_it_is_taken_where_it_is_asked_for_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.empty(2, 4, 64, 64)
+    with pytest.raises(ValueError, match="q is on cpu"):
+        backend.choose_triton("triton", FITTING, None, 64, rows, rows, 128)
+    monkeypatch.setattr(backend, "_check_place", lambda q: None)
+
+    def chosen(name: str, settings: ChunkSettings, width: int = 64, time: int = 64) -> bool:
+        return backend.choose_triton(name, settings, None, 64, rows[:, :, :time], rows[:, :, :time, :width], 128)
+
+    assert chosen("triton", FITTING)
+    assert not chosen("auto", FITTING)
+    assert not chosen("torch", FITTING)
+    assert not chosen("triton", replace(FITTING, has_base=True))
+    assert not chosen("triton", FITTING, time=40)
+    with pytest.raises(ValueError, match="v has width 32, q has 64; use equal widths"):
+        chosen("triton", FITTING, width=32)
+    with pytest.raises(ValueError, match=r"max_gradient_norm=2\.0"):
+        chosen("triton", replace(FITTING, max_gradient_norm=2.0))
+
+
+@pytest.mark.usefixtures("installed")
+def test_calls_that_the_kernels_do_not_take_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_check_place", lambda q: None)
+    torch.manual_seed(0)
+    layer = NeuralMemory(32, num_heads=2, chunk_size=16, backend="triton")
+    x = torch.randn(2, 24, 32)
+    y, state = layer(x[:, :9])
+    more, _ = layer(x[:, 9:], state)
+    layer.backend = "torch"
+    assert torch.equal(y, layer(x[:, :9])[0])
+    assert torch.allclose(torch.cat([y, more], 1), layer(x)[0], atol=1e-6)
+
+
+def test_another_dtype_is_refused() -> None:
+    class OnDevice:
+        device, dtype = torch.device("cuda"), torch.float64
+
+    with pytest.raises(ValueError, match=r"the memory computes in torch\.float64; use float32 or less"):
+        backend._check_place(OnDevice())
+
+
+def test_products_are_as_exact_as_torch_s_own_may_be(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert backend.precision() == "tf32x3"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert backend.precision() == "tf32"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert backend.precision() == "ieee"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("highest", 1e-4), ("high", 2e-2)])
+@pytest.mark.parametrize("lengths", [None, [1000, 300]])
+def test_on_a_gpu_the_kernels_equal_the_torch_backend(
+    precision: str, tolerance: float, lengths: list[int] | None
+) -> None:
+    case = make_case(batch=2, time=1000, heads=4, dim=64, hidden=128)
+    case = {
+        name: tuple(w.float().cuda() for w in t) if isinstance(t, tuple) else t.float().cuda()
+        for name, t in case.items()
+    }
+    case["theta"] = case["theta"] * 0.1
+    names = ("q", "k", "v", "theta", "eta", "alpha")
+    options = dict(chunk_size=64, lengths=None if lengths is None else torch.tensor(lengths, device="cuda"))
+    before = torch.get_float32_matmul_precision()
+
+    def run(backend: str) -> list[Tensor]:
+        tokens = [case[name].clone().requires_grad_() for name in names]
+        weights = tuple(w.clone().requires_grad_() for w in case["weights"])
+        y, *ends = neural_memory(*tokens, weights, case["momentum"], anchor=case["anchor"], **options, backend=backend)
+        loss = F.mse_loss(y, case["v"]) + sum(w.square().sum() for part in ends for w in part)
+        return [y.detach(), *torch.autograd.grad(loss, [*tokens, *weights])]
+
+    expected = run("torch")
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = run("triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.linalg.vector_norm(x - y) <= tolerance * torch.linalg.vector_norm(y)
