@@ -128,7 +128,6 @@ def check_options(
         check_triton(
             memory_depth=memory_depth,
             residual_norm=residual_norm,
-            max_gradient_norm=max_gradient_norm,
             checkpoint_chunks=checkpoint_chunks,
             head_dim=head_dim,
             hidden_width=hidden_width(head_dim, memory_expansion),

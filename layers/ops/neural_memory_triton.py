@@ -27,7 +27,6 @@ def check_triton(
     *,
     memory_depth: int,
     residual_norm: bool,
-    max_gradient_norm: float | None,
     checkpoint_chunks: int | None,
     head_dim: int,
     hidden_width: int,
@@ -42,8 +41,6 @@ def check_triton(
         _refuse(f"memory_depth={memory_depth}; use 2")
     if residual_norm:
         _refuse("residual_norm=True; use False")
-    if max_gradient_norm is not None:
-        _refuse(f"max_gradient_norm={max_gradient_norm}; use None")
     if checkpoint_chunks is not None:
         _refuse(f"checkpoint_chunks={checkpoint_chunks}, and the kernels keep states alone as it is; use None")
     for name, size in {"head_dim": head_dim, "chunk_size": chunk_size}.items():
@@ -78,7 +75,6 @@ def choose_triton(
     check_triton(
         memory_depth=settings.depth,
         residual_norm=settings.has_norm,
-        max_gradient_norm=settings.max_gradient_norm,
         checkpoint_chunks=group,
         head_dim=q.shape[-1],
         hidden_width=hidden_width,
@@ -145,14 +141,14 @@ class FusedScan(torch.autograd.Function):
         work = start.new_empty(num_rows, size, width + size)
         ctx.options = dict(
             C=size, D=width, H=hidden, B=part_of(hidden),
-            HAS_MOMENTUM=blocks == 2, HAS_ANCHOR=bool(given.anchor),
+            HAS_MOMENTUM=blocks == 2, HAS_ANCHOR=bool(given.anchor), HAS_LIMIT=settings.max_gradient_norm is not None,
             ACTIVATION=settings.activation, PRECISION=precision(), num_warps=8, num_stages=1,
         )  # fmt: skip
-        ctx.scale = settings.loss_scale
+        ctx.scales = settings.loss_scale, settings.max_gradient_norm or 0.0
         stride = states.stride(0) if settings.keeps_work else 0
         scan_forward[(num_rows,)](
             *inputs, anchor, last, states, y, error_norm, base, work,
-            num_chunks, num_rows, stride, ctx.scale, **ctx.options,
+            num_chunks, num_rows, stride, *ctx.scales, **ctx.options,
         )  # fmt: skip
         ctx.save_for_backward(*inputs, anchor, last, states)
         ctx.mark_non_differentiable(error_norm)
@@ -163,7 +159,7 @@ class FusedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        from memzoo.layers.ops.kernels.neural_memory import scan_backward
+        from memzoo.layers.ops.kernels.neural_memory_backward import scan_backward
 
         *saved, last, states = ctx.saved_tensors
         inputs, anchor = saved[:NUM_INPUTS], saved[NUM_INPUTS]
@@ -177,11 +173,11 @@ class FusedScan(torch.autograd.Function):
         d_anchor = d_states.new_zeros(num_rows, numbers) if has_anchor else d_base
         grads = [torch.empty_like(t) for t in inputs]
         size = ctx.options["C"]
-        work = d_states.new_empty(num_rows, size, 3 * hidden + width + 2 * size)
+        work = d_states.new_empty(num_rows, size, 4 * hidden + width + 2 * size)
         scan_backward[(num_rows,)](
             *inputs, anchor, last, states[num_chunks - 1],
             outer[0].contiguous(), d_base, *grads, d_anchor, d_states, work,
-            num_chunks, num_rows, states.stride(0), ctx.scale, **ctx.options,
+            num_chunks, num_rows, states.stride(0), *ctx.scales, **ctx.options,
         )  # fmt: skip
         layers = [(width, hidden), (hidden, width)]
         shared = _unpack(d_anchor, layers) if has_anchor else ()

@@ -31,6 +31,36 @@ def error_at_base(
 
 
 @triton.jit
+def squared_norms(
+    keys, d1, old, fixed, D: tl.constexpr, H: tl.constexpr, B: tl.constexpr, HAS_ANCHOR: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of every token's first error and second input, each (C,)."""
+    of_error = tl.zeros_like(tl.sum(d1, 1))
+    of_input = tl.zeros_like(of_error)
+    for b in range(0, H, B):
+        w1 = tl.load(tile(old + b, D, B, H))
+        w2 = tl.load(tile(old + D * H + b * D, B, D, D))
+        if HAS_ANCHOR:
+            w1 += tl.load(tile(fixed + b, D, B, H))
+            w2 += tl.load(tile(fixed + D * H + b * D, B, D, D))
+        z = tl.dot(tl.load(keys), w1, input_precision=PRECISION)
+        x1 = activate(z, ACTIVATION)
+        d0 = tl.dot(d1, tl.trans(w2), input_precision=PRECISION) * slope_of(z, ACTIVATION)
+        of_error += tl.sum(d0 * d0, 1)
+        of_input += tl.sum(x1 * x1, 1)
+    return of_error, of_input
+
+
+@triton.jit
+def limit_factor(squared, limit):
+    """Of ``memzoo.layers.ops.neural_memory_clip.clip_factor``: 0 where ``squared`` is not finite."""
+    most = limit * limit
+    factor = tl.where(squared > most, limit / tl.sqrt(tl.maximum(squared, most)), 1.0)
+    return tl.where(squared < float("inf"), factor, 0.0)
+
+
+@triton.jit
 def _density(z):
     """Of the standard normal."""
     return tl.exp(z * z * -0.5) * 0.3989422804014327
