@@ -14,6 +14,8 @@ SMALL = {"depth": 2, "chunk_size": 4, "window": 5, "segment_size": 6, "memory": 
 NARROW = {"dim": 16, "num_heads": 4, "hidden_dim": 24}
 MATRIX = NARROW | {"num_heads": 2, "head_dim": 6}
 TITANS = NARROW | {"num_heads": 2, "head_dim": 8}
+# Of equal blocks one is enough: what is between two, other models with the same ``CausalLM`` have.
+ONE_BLOCK = TITANS | {"depth": 1}
 HYBRID = NARROW | {"num_kv_heads": 2, "head_dim": 4}
 BMOJO = HYBRID | {"ssm_options": {"num_heads": 2, "head_dim": 8, "state_dim": 6, "chunk_size": 4}}
 # Models whose layers depend on their depth are deep enough for one of every kind.
@@ -27,10 +29,10 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba_tiny": {"dim": 16, "state_dim": 3, "step_rank": 3},
     "mamba2_tiny": {"dim": 16, "num_heads": 4, "head_dim": 8, "state_dim": 6},
     "titans_lmm_tiny": TITANS,
-    "titans_linear_online_tiny": TITANS,
-    "titans_mac_tiny": TITANS,
-    "titans_mag_tiny": TITANS,
-    "titans_mal_tiny": TITANS,
+    "titans_linear_online_tiny": ONE_BLOCK,
+    "titans_mac_tiny": ONE_BLOCK,
+    "titans_mag_tiny": ONE_BLOCK,
+    "titans_mal_tiny": ONE_BLOCK,
     "sambay_tiny": HYBRID | {"depth": 8, "ssm_options": {"state_dim": 3, "chunk_size": 4}},
     "samba_tiny": HYBRID | {"depth": 4, "ssm_options": {"state_dim": 3, "chunk_size": 4}},
     "transformerpp_tiny": HYBRID | {"depth": 4, "self_pattern": "local_global"},
@@ -57,9 +59,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "hier_memory_tiny": {
         "checkpointed": {"num_heads": 3, "head_dim": 6, "tie_embeddings": False, "checkpoint_blocks": True},
     },
-    "titans_lmm_tiny": {"recomputed": {"checkpoint_chunks": 2}},
+    "titans_lmm_tiny": {"recomputed": {"checkpoint_chunks": 2, "depth": 1}},
     "bmojo_tiny": {
         "gated_deltanet": {
+            "depth": 1,
             "ssm": "gated_deltanet",
             "ssm_options": {"num_heads": 2, "head_dim": 4, "chunk_size": 4},
             "fading_stride": 2,
