@@ -203,17 +203,18 @@ def a_masked_call_leaves_the_state_alone(part: Part) -> None:
 def packed_documents_equal_separate_ones(part: Part) -> None:
     """Outputs and final states; with holes inside the documents, and after a call that ended in another document."""
     module, x = part.build(), part.inputs()
-    _, earlier = module(part.inputs(time=7), doc_ids=torch.full((BATCH, 7), 4))
-    for mask in (None, HOLES):
-        expected, last = _separate(module, x, mask)
-        for start in (None, earlier):
-            y, state = module(x, start, doc_ids=DOCUMENTS, mask=mask)
-            real = torch.ones_like(HOLES) if mask is None else mask
-            close(y[real], expected[real], f"packed outputs, mask={mask is not None}, state={start is not None}")
-            for row, state_alone in enumerate(last):
-                close_state(state.reorder(torch.tensor([row])), state_alone, f"row {row}", ignore="document")
-            for own in mixer_states(state):
-                same(own.document, DOCUMENTS[:, -1], "state.document")
+    with torch.no_grad():  # gradients are below
+        _, earlier = module(part.inputs(time=7), doc_ids=torch.full((BATCH, 7), 4))
+        for mask in (None, HOLES):
+            expected, last = _separate(module, x, mask)
+            for start in (None, earlier):
+                y, state = module(x, start, doc_ids=DOCUMENTS, mask=mask)
+                real = torch.ones_like(HOLES) if mask is None else mask
+                close(y[real], expected[real], f"packed outputs, mask={mask is not None}, state={start is not None}")
+                for row, state_alone in enumerate(last):
+                    close_state(state.reorder(torch.tensor([row])), state_alone, f"row {row}", ignore="document")
+                for own in mixer_states(state):
+                    same(own.document, DOCUMENTS[:, -1], "state.document")
 
 
 @check(*SEQUENCE)

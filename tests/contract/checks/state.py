@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from memzoo.layers.state import State
 from tests.contract.checks.core import (
     BATCH,
+    TIME,
     Part,
     check,
     close,
@@ -45,12 +46,14 @@ def arguments_are_not_changed(part: Part) -> None:
 
 @check(*SEQUENCE)
 def a_donated_state_gives_the_same(part: Part) -> None:
-    module, x, cuts = part.build(), part.inputs(), [1, 2, 7, 8]
+    """As all tokens in one call, which is what those that are not donated give in pieces."""
+    module, x, mask = part.build(), part.inputs(), random_mask()
     with torch.no_grad():
-        for grids in ({}, {"mask": random_mask()}, {"doc_ids": random_mask().long()}):
-            y, state = stream(module, x, cuts, **grids)
-            y_donated, state_donated = stream(module, x, cuts, donate=True, **grids)
-            close(y_donated, y, f"outputs with donate and {[*grids]}")
+        for grids in ({}, {"mask": mask}, {"doc_ids": mask.long()}):
+            y, state = module(x, **grids)
+            y_donated, state_donated = stream(module, x, [1, 2, 7, 8], donate=True, **grids)
+            real = mask if "mask" in grids else slice(None)
+            close(y_donated[real], y[real], f"outputs with donate and {[*grids]}")
             close_state(state_donated, state, f"with donate and {[*grids]}")
 
 
@@ -95,7 +98,7 @@ def recurrent_tensors_keep_at_least_float32(part: Part) -> None:
     dtype of the activations. Which is which is observed: over one token, most of a cache survives to the last bit.
     """
     exact = part.build()
-    recurrent = _rewritten(exact, part.inputs(2, 24))
+    recurrent = _rewritten(exact, part.inputs(2, TIME))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         module, x = part.build(dtype), part.inputs(dtype=dtype)
         _, state = module(x)
