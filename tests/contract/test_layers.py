@@ -127,7 +127,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "temp_lora": {"narrow": {"rank": 3, "alpha": 1.5}},
     "discrete_key_value_bottleneck": {
-        "chunk": {"splitter": "chunk", "num_codebooks": 4, "dim_key": 4, "topk": 2, "chunk_bytes": 500},
+        "chunk": {"splitter": "chunk", "num_codebooks": 4, "dim_key": 4, "topk": 2, "chunk_bytes": 8000},
         "standardized": {"splitter": "learned", "standardize": True, "num_pairs": 70},
     },
     "rome": {"together": {"ridge": 0.5, "token": "first"}},
