@@ -122,9 +122,9 @@ def generation_stops_row_by_row(part: Part) -> None:
 @check("model")
 def padded_prompts_generate_like_bare_ones(part: Part) -> None:
     """Padded on the left, on the right, and in between."""
-    model, prompt = part.build(), part.inputs(4, 6)
+    model, prompt = part.build(), part.inputs(8, 6)
     mask = torch.ones_like(prompt, dtype=torch.bool)
-    mask[0, :2], mask[1, 3:], mask[2, 2:4] = False, False, False
+    mask[:3, :2], mask[3:6, 3:], mask[6:, 2:4] = False, False, False
     padded = _generated(model, prompt, temperature=0, mask=mask)
     for row, real in enumerate(mask):
         same(padded[row], _generated(model, prompt[row, real][None], temperature=0)[0], f"row {row}")
