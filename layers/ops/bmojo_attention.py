@@ -161,9 +161,8 @@ def _read(queries: Mapping[str, Tensor], segments: Sequence[Segment], scale: flo
     if k.shape[2] == 0:
         return torch.zeros_like(q[0])
     masks = [segment.visible for segment in segments]
-    grid = torch.broadcast_shapes(*(mask.shape[:2] for mask in masks))
-    if grid != (1, 1):  # rows of SDPA are blocks of rows: a mask is one of all, or one of each
-        grid = k.shape[:2]
+    # Rows of SDPA are blocks of rows: a mask is one of all, or one of each.
+    grid = (1, 1) if all(mask.shape[:2] == (1, 1) for mask in masks) else k.shape[:2]
     visible = torch.cat([mask.expand(*grid, -1, -1) for mask in masks], -1).flatten(0, 1)
     blind = None if sees_one else ~visible.any(-1, keepdim=True)
     if blind is not None:
