@@ -86,8 +86,8 @@ def neural_memory(
         checkpoint_chunks: Keep for the backward pass only the state before every so many chunks and compute the rest
             again, group by group: memory for one group's work instead of all. None keeps everything.
         backend: "torch"; "auto", which is the same; or "triton", one kernel forward and one backward on a GPU, of a
-            memory of two layers without ``norm``. It takes calls of at least a chunk from the start of a text; others
-            go to torch.
+            memory of two layers without ``norm``. It takes calls of at least a chunk with a ``position`` that is a
+            number and begins a chunk; others go to torch.
 
     Shape:
         q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha: (batch, time, heads).

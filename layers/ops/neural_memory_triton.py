@@ -1,9 +1,9 @@
-"""A neural memory's scan as one Triton kernel forward and one backward, for GPUs of any vendor that Triton knows.
+"""A neural memory's scan as one Triton kernel forward and one backward, on GPUs of NVIDIA and AMD.
 
 The torch backend launches some sixty kernels a chunk and twice as many backward, of which each is short: with chunks of
 64 tokens a GPU waits for its host. Here a row, a head of a sequence, is one program that goes through its chunks. It
-covers what models are trained with: a memory of two layers, calls from the start of a text; ``check_triton`` says what
-it does not.
+covers what models are trained with: a memory of two layers, calls of whole chunks; ``check_triton`` says what it does
+not.
 """
 
 from dataclasses import fields
@@ -47,7 +47,9 @@ def check_triton(
         if size not in SIZES:
             _refuse(f"{name}={size}; use one of {', '.join(map(str, SIZES))}")
     if hidden_width % min(PARTS):
-        _refuse(f"the memory has {hidden_width} hidden units; use a multiple of {min(PARTS)}")
+        _refuse(
+            f"memory_expansion gives a head {hidden_width} hidden units; use one with which {min(PARTS)} divides them"
+        )
 
 
 def choose_triton(
@@ -55,8 +57,9 @@ def choose_triton(
 ) -> bool:
     """Return whether the kernels are to be used for rows q, v (n, R, C, d).
 
-    Only if asked for: "auto" takes torch, until they have been timed on a GPU. Calls of fewer tokens than a chunk, and
-    those that go on from a state, go to torch too.
+    Only if asked for: "auto" takes torch, until they have been timed on a GPU. So do calls of fewer tokens than a chunk,
+    those whose first token is not known to begin a chunk (rows that go on from a state are anywhere), and those on the
+    meta device.
 
     Args:
         backend: What the caller asked for.
@@ -82,8 +85,10 @@ def choose_triton(
     )
     if v.shape[-1] != q.shape[-1]:
         _refuse(f"v has width {v.shape[-1]}, q has {q.shape[-1]}; use equal widths")
+    if settings.has_base or q.shape[2] < chunk_size or q.is_meta:
+        return False
     _check_place(q)
-    return not settings.has_base and q.shape[2] == chunk_size
+    return True
 
 
 def _check_place(q: Tensor) -> None:
@@ -103,19 +108,19 @@ def part_of(hidden_width: int) -> int:
 
 
 def precision() -> str:
-    """Return how the products are computed, after torch's own setting for float32.
+    """Return how the products are computed, as ``torch.backends.cuda.matmul.fp32_precision`` allows.
 
     "tf32x3", three products of TF32, is nearly as exact as float32; GPUs of AMD have neither.
     """
     if torch.version.hip:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 class FusedScan(torch.autograd.Function):
     """``ChunkScan`` by the kernels: the same arguments and results.
 
-    Keeps the carried blocks at the start of every chunk for the backward pass, and nothing else.
+    Keeps its inputs and the carried blocks at the start of every chunk for the backward pass, no work of the chunks.
     """
 
     @staticmethod
@@ -144,17 +149,18 @@ class FusedScan(torch.autograd.Function):
             HAS_MOMENTUM=blocks == 2, HAS_ANCHOR=bool(given.anchor), HAS_LIMIT=settings.max_gradient_norm is not None,
             ACTIVATION=settings.activation, PRECISION=precision(), num_warps=8, num_stages=1,
         )  # fmt: skip
-        ctx.scales = settings.loss_scale, settings.max_gradient_norm or 0.0
+        ctx.scales = float(settings.loss_scale), float(settings.max_gradient_norm or 0)
         stride = states.stride(0) if settings.keeps_work else 0
-        scan_forward[(num_rows,)](
-            *inputs, anchor, last, states, y, error_norm, base, work,
-            num_chunks, num_rows, stride, *ctx.scales, **ctx.options,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            scan_forward[(num_rows,)](
+                *inputs, anchor, last, states, y, error_norm, base, work,
+                num_chunks, num_rows, stride, *ctx.scales, **ctx.options,
+            )  # fmt: skip
         ctx.save_for_backward(*inputs, anchor, last, states)
         ctx.mark_non_differentiable(error_norm)
         layers = [(width, hidden), (hidden, width)]
         weights = _unpack(base + anchor if given.anchor else base, layers)
-        return (y, error_norm, *_unpack(states[-1].clone(), layers * blocks), *(weights if num_chunks > 1 else ()))
+        return (y, error_norm, *_unpack(states[-1], layers * blocks), *(weights if num_chunks > 1 else ()))
 
     @staticmethod
     @once_differentiable
@@ -174,11 +180,12 @@ class FusedScan(torch.autograd.Function):
         grads = [torch.empty_like(t) for t in inputs]
         size = ctx.options["C"]
         work = d_states.new_empty(num_rows, size, 4 * hidden + width + 2 * size)
-        scan_backward[(num_rows,)](
-            *inputs, anchor, last, states[num_chunks - 1],
-            outer[0].contiguous(), d_base, *grads, d_anchor, d_states, work,
-            num_chunks, num_rows, states.stride(0), *ctx.scales, **ctx.options,
-        )  # fmt: skip
+        with torch.cuda.device_of(d_states):
+            scan_backward[(num_rows,)](
+                *inputs, anchor, last, states[num_chunks - 1],
+                outer[0].contiguous(), d_base, *grads, d_anchor, d_states, work,
+                num_chunks, num_rows, states.stride(0), *ctx.scales, **ctx.options,
+            )  # fmt: skip
         layers = [(width, hidden), (hidden, width)]
         shared = _unpack(d_anchor, layers) if has_anchor else ()
         return (None, None, *grads, *_unpack(d_states, layers * blocks), *shared)
@@ -192,4 +199,4 @@ def _pack(parts: Tensors | list[Tensor]) -> Tensor:
 def _unpack(packed: Tensor, shapes: list[tuple[int, int]]) -> Tensors:
     """Undo ``_pack``, with memory of their own for each."""
     parts = packed.split([rows * columns for rows, columns in shapes], 1)
-    return tuple(t.reshape(-1, *shape).contiguous() for t, shape in zip(parts, shapes, strict=True))
+    return tuple(t.clone().view(-1, *shape) for t, shape in zip(parts, shapes, strict=True))

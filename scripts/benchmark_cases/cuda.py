@@ -124,8 +124,13 @@ def cases(
             Variant(FLA, fla, batch * time, missing=kernels_of("fla")),
         ]
 
+    products = memory_products(batch, time, heads, head_dim=head_dim, depth=2, expansion=2, chunk_size=chunk)
     triton = Variant(
-        "ops.neural_memory, TF32, Triton", lambda: in_tf32(fused(2)), batch * time, missing=kernels_of("triton")
+        "ops.neural_memory, TF32, Triton",
+        lambda: in_tf32(fused(2)),
+        batch * time,
+        products,
+        missing=kernels_of("triton"),
     )
     solved = online_products(batch, time, heads, head_dim=head_dim, chunk_size=chunk)
     linear = in_depth(

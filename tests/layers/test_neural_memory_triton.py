@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from memzoo.layers.neural_memory import NeuralMemory
 from memzoo.layers.ops import backend as libraries
 from memzoo.layers.ops import neural_memory_triton as backend
-from memzoo.layers.ops.neural_memory import neural_memory
+from memzoo.layers.ops.neural_memory import neural_memory, neural_memory_scan
 from memzoo.layers.ops.neural_memory_chunk import ChunkSettings
+from memzoo.layers.trace import Trace
 from tests.interpreted_triton import run_interpreted
 from tests.layers.neural_memory_cases import make_case
 
@@ -36,14 +37,22 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the arguments,
     "a low limit": (dict(time=33, heads=1, dim=16, hidden=32), dict(max_gradient_norm=0.2, keep=("momentum",))),
     "tokens that overflow": (
         dict(time=32, heads=1, dim=16, hidden=16),
-        dict(max_gradient_norm=1.0, keep=("momentum", "anchor"), huge=(3, 20)),
+        dict(max_gradient_norm=1.0, keep=("momentum", "anchor"), odd={"v": 1e200}),
+    ),
+    "tokens that are no numbers": (
+        dict(time=32, heads=1, dim=16, hidden=16),
+        dict(max_gradient_norm=1, keep=("momentum", "anchor"), odd={"v": float("nan")}),
+    ),
+    "a limit in whole numbers": (
+        dict(time=16, heads=1, dim=16, hidden=16),
+        dict(max_gradient_norm=50_000, loss_scale=2, keep=("momentum",)),
     ),
     "a row of no tokens": (dict(time=32, heads=1, dim=16, hidden=16), dict(lengths=[0, 32], keep=("momentum",))),
 }
 
 
 def call(case: dict[str, Any], options: dict[str, Any], backend: str) -> list[Tensor]:
-    """Return outputs, final weights and momentum, and the gradients of a random sum of them in all arguments."""
+    """Return outputs, final weights, momentum and base, gradients of a random sum of them in all arguments, errors."""
     options = dict(options)
     arguments = {name: case[name] for name in ("q", "k", "v", "theta", "eta", "alpha", "weights", *options.pop("keep"))}
     arguments |= {name: options.pop(name) for name in ("eta",) if name in options}
@@ -55,13 +64,23 @@ def call(case: dict[str, Any], options: dict[str, Any], backend: str) -> list[Te
     lengths = options.pop("lengths", None)
     lengths = None if lengths is None else torch.tensor(lengths)
     inputs = [w for t in given.values() for w in (t if isinstance(t, tuple) else (t,))]
-    y, weights, momentum = neural_memory(
-        **({"eta": None} | given), **options, lengths=lengths, chunk_size=16, backend=backend
+    trace = Trace()
+    y, weights, momentum, base = neural_memory_scan(
+        **({"eta": None} | given), **options, lengths=lengths, chunk_size=16, backend=backend, trace=trace
     )
-    outputs = [y, *weights, *momentum]
+    outputs = [y, *weights, *momentum, *base]
     draw = torch.Generator().manual_seed(1)
     total = sum((t * torch.randn(t.shape, generator=draw, dtype=t.dtype)).sum() for t in outputs)
-    return [*outputs, *torch.autograd.grad(total, inputs)]
+    return [*outputs, *torch.autograd.grad(total, inputs), trace.signals["surprise"]]
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    """Largest difference over the largest number; 1 if not the same numbers are finite."""
+    finite = y.isfinite()
+    if not torch.equal(finite, x.isfinite()):
+        return 1.0
+    x, y = x.masked_fill(~finite, 0), y.masked_fill(~finite, 0)
+    return (x - y).abs().max().item() / (1 + y.abs().max().item())
 
 
 def distances(name: str) -> list[float]:
@@ -70,9 +89,10 @@ def distances(name: str) -> list[float]:
     backend.precision = lambda: "ieee"
     size, options = CASES[name]
     case, options = make_case(**size), dict(options)
-    case["v"][:, list(options.pop("huge", ()))] = 1e200
+    for argument, number in options.pop("odd", {}).items():
+        case[argument][:, [3, 20]] = number
     found, expected = (call(case, options, name) for name in ("triton", "torch"))
-    apart = [(x - y).abs().max().item() / (1 + y.abs().max().item()) for x, y in zip(found, expected, strict=True)]
+    apart = [distance(x, y) for x, y in zip(found, expected, strict=True)]
     own, args = backend.FusedScan.forward, []
 
     def forward(ctx: Any, settings: ChunkSettings, *rest: Any) -> Any:
@@ -84,7 +104,7 @@ def distances(name: str) -> list[float]:
     kept = backend.FusedScan.apply(*args[0])
     with torch.no_grad():
         alone = backend.FusedScan.apply(replace(args[0][0], keeps_work=False), *args[0][1:])
-    return [*apart, *(0.0 if torch.equal(x, y) else 1.0 for x, y in zip(alone, kept, strict=True))]
+    return [*apart, *(distance(x, y) for x, y in zip(alone, kept, strict=True))]
 
 
 @needs_triton
@@ -151,11 +171,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"checkpoint_chunks": 4}, "checkpoint_chunks=4, .*; use None"),
         ({"num_heads": 2}, "head_dim=128; use one of 16, 32, 64"),
         ({"chunk_size": 100}, "chunk_size=100; use one of 16, 32, 64"),
-        ({"memory_expansion": 1.125}, "the memory has 72 hidden units; use a multiple of 16"),
+        (
+            {"memory_expansion": 1.125},
+            "memory_expansion gives a head 72 hidden units; use one with which 16",
+        ),
     ],
 )
 def test_a_memory_that_the_kernels_do_not_take_is_refused_when_it_is_built(options, words) -> None:
-    with pytest.raises(ValueError, match=f"^backend='triton' does not apply: {words}, or use backend='auto'$"):
+    with pytest.raises(ValueError, match=f"^backend='triton' does not apply: {words}.*, or use backend='auto'$"):
         NeuralMemory(**SIZES | options, backend="triton")
 
 
@@ -195,8 +218,7 @@ def test_it_is_taken_where_it_is_asked_for_and_fits(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("installed")
-def test_calls_that_the_kernels_do_not_take_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_check_place", lambda q: None)
+def test_calls_that_the_kernels_do_not_take_go_to_torch() -> None:
     torch.manual_seed(0)
     layer = NeuralMemory(32, num_heads=2, chunk_size=16, backend="triton")
     x = torch.randn(2, 24, 32)
@@ -215,13 +237,32 @@ def test_another_dtype_is_refused() -> None:
         backend._check_place(OnDevice())
 
 
-def test_products_are_as_exact_as_torch_s_own_may_be(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+def test_products_are_as_exact_as_torch_s_own_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.precision() == "tf32x3"
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert backend.precision() == "tf32"
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert backend.precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    setting = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert backend.precision() == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = setting
+    assert backend.precision() == "tf32x3"
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert backend.precision() == "ieee"
+
+
+@pytest.mark.usefixtures("installed")
+def test_on_the_meta_device_shapes_are_torch_s() -> None:
+    with torch.device("meta"):
+        layer = NeuralMemory(**SIZES, backend="triton")
+        y, state = layer(torch.randn(2, 130, 256))
+    assert y.shape == (2, 130, 256)
+    assert state.weights[0].is_meta
 
 
 @pytest.mark.gpu

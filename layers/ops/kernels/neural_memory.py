@@ -22,7 +22,7 @@ from memzoo.layers.ops.kernels.parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks", "num_rows"])  # or other lengths and batches compile again
 def scan_forward(
     q, k, v, mix, read, write, transition, anchor, last, states, y, error_norm, base, work,
     num_chunks, num_rows, state_stride, loss_scale, limit,

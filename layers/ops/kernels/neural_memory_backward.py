@@ -20,7 +20,7 @@ from memzoo.layers.ops.kernels.parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks", "num_rows"])  # or other lengths and batches compile again
 def scan_backward(
     q, k, v, mix, read, write, transition, anchor, last, states,
     d_y, d_base, d_q, d_k, d_v, d_mix, d_read, d_write, d_transition, d_anchor, d_states, work,
@@ -236,12 +236,12 @@ def scan_backward(
             g1 = g1 * kept + tl.dot(tl.trans(a0 * of_weights), d_out, input_precision=PRECISION)
             g2 = g2 * kept + tl.dot(tl.trans(a1 * of_weights), d_answer, input_precision=PRECISION)
             if HAS_ANCHOR:
-                f1 = tl.dot(tl.trans(a0), d_out, input_precision=PRECISION)
-                f2 = tl.dot(tl.trans(a1), d_answer, input_precision=PRECISION)
-                f1 += tl.load(tile(own_anchor + first, D, B, H))
-                f2 += tl.load(tile(own_anchor + second, B, D, D))
-                tl.store(tile(own_anchor + first, D, B, H), f1)
-                tl.store(tile(own_anchor + second, B, D, D), f2)
+                d_f1 = tl.dot(tl.trans(a0), d_out, input_precision=PRECISION)
+                d_f2 = tl.dot(tl.trans(a1), d_answer, input_precision=PRECISION)
+                d_f1 += tl.load(tile(own_anchor + first, D, B, H))
+                d_f2 += tl.load(tile(own_anchor + second, B, D, D))
+                tl.store(tile(own_anchor + first, D, B, H), d_f1)
+                tl.store(tile(own_anchor + second, B, D, D), d_f2)
             tl.store(tile(grad + first, D, B, H), g1)
             tl.store(tile(grad + second, B, D, D), g2)
         tl.debug_barrier()
@@ -259,7 +259,7 @@ def scan_backward(
             tl.store(d_read + coefficients + later, read_dots_too)
             tl.store(d_write + coefficients + later, dots_too)
             tl.store(d_transition + shares + num_rows, from_s)
-            tl.store(d_transition + shares + 2 * num_rows, 0.0)
+            tl.store(d_transition + shares + 2 * num_rows, 0.0)  # from U to S nothing flows
             tl.store(d_transition + shares + 3 * num_rows, of_s)
 
         # Fourth: the limit, then through e = d1 W2^T to the second errors.
@@ -297,8 +297,8 @@ def scan_backward(
             tl.store(tile(own_work + PART + b, C, B, H), d_d0 * e * bend_of(z, ACTIVATION) + d_x1 * slope)
             tl.store(tile(grad + second, B, D, D), tl.load(tile(grad + second, B, D, D)) + h2)
             if HAS_ANCHOR:
-                f2 = tl.load(tile(own_anchor + second, B, D, D)) + h2
-                tl.store(tile(own_anchor + second, B, D, D), f2)
+                d_f2 = tl.load(tile(own_anchor + second, B, D, D)) + h2
+                tl.store(tile(own_anchor + second, B, D, D), d_f2)
         d_d1 *= loss_scale
         tl.store(tile(d_v + chunk * C * D, C, D, D), d_d1)
 
@@ -326,10 +326,10 @@ def scan_backward(
             tl.store(tile(grad + first, D, B, H), tl.load(tile(grad + first, D, B, H)) + h1)
             tl.store(tile(grad + second, B, D, D), tl.load(tile(grad + second, B, D, D)) + h2)
             if HAS_ANCHOR:
-                f1 = tl.load(tile(own_anchor + first, D, B, H)) + h1
-                f2 = tl.load(tile(own_anchor + second, B, D, D)) + h2
-                tl.store(tile(own_anchor + first, D, B, H), f1)
-                tl.store(tile(own_anchor + second, B, D, D), f2)
+                d_f1 = tl.load(tile(own_anchor + first, D, B, H)) + h1
+                d_f2 = tl.load(tile(own_anchor + second, B, D, D)) + h2
+                tl.store(tile(own_anchor + first, D, B, H), d_f1)
+                tl.store(tile(own_anchor + second, B, D, D), d_f2)
         tl.store(tile(d_k + chunk * C * D, C, D, D), d_x0)
         tl.debug_barrier()
         old -= state_stride
