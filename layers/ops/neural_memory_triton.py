@@ -57,9 +57,9 @@ def choose_triton(
 ) -> bool:
     """Return whether the kernels are to be used for rows q, v (n, R, C, d).
 
-    Only if asked for: "auto" takes torch, until they have been timed on a GPU. So do calls of fewer tokens than a chunk,
-    those whose first token is not known to begin a chunk (rows that go on from a state are anywhere), and those on the
-    meta device.
+    Only if asked for: "auto" takes torch, until they have been timed on a GPU. So do calls of fewer tokens than a
+    chunk, those whose first token is not known to begin one (rows that go on from a state are anywhere), and those on
+    the meta device.
 
     Args:
         backend: What the caller asked for.

@@ -67,7 +67,7 @@ def scan_forward(
             x0 = tl.load(keys)
             squared = tl.sum(x0 * x0, 1) * of_error + of_input * tl.sum(d1 * d1, 1)
             factor = limit_factor(squared, limit)[:, None]
-            d1 = tl.where(factor > 0, d1 * factor, 0.0)
+            d1 = tl.where(factor > 0, d1 * factor, 0.0)  # and so d0, which is made of it
         tl.store(errors, d1)
         score = tl.dot(tl.load(queries), tl.trans(tl.load(keys)), input_precision=PRECISION)
         tl.store(scores, score * tl.load(tile(mix + chunk * C * C, C, C, C)))
@@ -96,8 +96,6 @@ def scan_forward(
             z = tl.dot(x0, w1, input_precision=PRECISION)
             x1 = activate(z, ACTIVATION)
             d0 = tl.dot(d1, tl.trans(w2), input_precision=PRECISION) * slope_of(z, ACTIVATION)
-            if HAS_LIMIT:
-                d0 = tl.where(factor > 0, d0, 0.0)
 
             # Queries through the weights after each token.
             of_weights = tl.load(read + coefficients)[:, None]

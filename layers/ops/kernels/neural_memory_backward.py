@@ -109,8 +109,6 @@ def scan_backward(
             z = tl.dot(x0, w1, input_precision=PRECISION)
             x1 = activate(z, ACTIVATION)
             e = tl.dot(d1, tl.trans(w2), input_precision=PRECISION)
-            if HAS_LIMIT:
-                e = tl.where(factor[:, None] > 0, e, 0.0)
             out = tl.dot(tl.load(scores), e * slope_of(z, ACTIVATION), input_precision=PRECISION)
             out += tl.dot(a0, u1, input_precision=PRECISION) * of_weights
             if HAS_MOMENTUM:
