@@ -6,6 +6,7 @@ covers what models are trained with: a memory of two layers, calls of whole chun
 not.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -125,70 +126,161 @@ class FusedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: ChunkSettings, reached: Tensor | None, *tensors: Tensor) -> Tensors:
-        from memzoo.layers.ops.kernels.neural_memory import scan_forward
-
-        inputs = tuple(t.contiguous() for t in tensors[:NUM_INPUTS])
+        inputs = [t.contiguous() for t in tensors[:NUM_INPUTS]]
         given = settings.split(tensors[NUM_INPUTS:])
-        q, v = inputs[0], inputs[2]
-        num_chunks, num_rows, size, width = q.shape
-        hidden, blocks = given.carry[0][0].shape[-1], settings.blocks
+        num_chunks, num_rows, _, width = inputs[0].shape
+        hidden_width = given.carry[0][0].shape[-1]
         start = _pack([t for block in given.carry for t in block])
-        states = start.new_empty(num_chunks + 1 if settings.keeps_work else 1, *start.shape)
-        states[0] = start
-        anchor = _pack(given.anchor) if given.anchor else start
+        anchor = _pack(given.anchor) if given.anchor else None
         if reached is None:
-            last = torch.full((num_rows,), num_chunks - 1, dtype=torch.int32, device=q.device)
+            last = start.new_full((num_rows,), num_chunks - 1, dtype=torch.int32)
         else:
-            chunk = torch.arange(num_chunks, dtype=torch.int32, device=q.device)[:, None]
+            chunk = torch.arange(num_chunks, dtype=torch.int32, device=start.device)[:, None]
             last = (reached[..., 0, 0] * chunk).amax(0).int()
-        y, error_norm = torch.empty_like(v), v.new_empty(v.shape[:-1])
-        base = start.new_empty(num_rows, start.shape[1] // blocks)
-        work = start.new_empty(num_rows, size, width + size)
-        ctx.options = dict(
-            C=size, D=width, H=hidden, B=part_of(hidden),
-            HAS_MOMENTUM=blocks == 2, HAS_ANCHOR=bool(given.anchor), HAS_LIMIT=settings.max_gradient_norm is not None,
-            ACTIVATION=settings.activation, PRECISION=precision(), num_warps=8, num_stages=1,
-        )  # fmt: skip
-        ctx.scales = float(settings.loss_scale), float(settings.max_gradient_norm or 0)
-        stride = states.stride(0) if settings.keeps_work else 0
-        with torch.cuda.device_of(q):
-            scan_forward[(num_rows,)](
-                *inputs, anchor, last, states, y, error_norm, base, work,
-                num_chunks, num_rows, stride, *ctx.scales, **ctx.options,
-            )  # fmt: skip
-        ctx.save_for_backward(*inputs, anchor, last, states)
+        limit = settings.max_gradient_norm
+        ctx.options = settings.activation, float(settings.loss_scale), None if limit is None else float(limit)
+        y, error_norm, states, base = scan(inputs, start, anchor, last, settings.keeps_work, *ctx.options)
+        ctx.save_for_backward(*inputs, last, states, *([] if anchor is None else [anchor]))
         ctx.mark_non_differentiable(error_norm)
-        layers = [(width, hidden), (hidden, width)]
-        weights = _unpack(base + anchor if given.anchor else base, layers)
-        return (y, error_norm, *_unpack(states[-1], layers * blocks), *(weights if num_chunks > 1 else ()))
+        ctx.layers = [(width, hidden_width), (hidden_width, width)]
+        weights = _unpack(base if anchor is None else base + anchor, ctx.layers) if num_chunks > 1 else ()
+        return (y, error_norm, *_unpack(states[-1], ctx.layers * settings.blocks), *weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        from memzoo.layers.ops.kernels.neural_memory_backward import scan_backward
+        *inputs, last, states = ctx.saved_tensors[: NUM_INPUTS + 2]
+        anchor = next(iter(ctx.saved_tensors[NUM_INPUTS + 2 :]), None)
+        blocks = inputs[-1].shape[1]
+        ends, base = outer[2 : 2 + 2 * blocks], outer[2 + 2 * blocks :]
+        d_base = _pack(base) if base else states.new_zeros(states.shape[1], states.shape[2] // blocks)
+        *grads, d_states, d_anchor = scan_gradients(
+            inputs, anchor, last, states, outer[0].contiguous(), d_base, _pack(ends), *ctx.options
+        )
+        shared = () if anchor is None else _unpack(d_anchor, ctx.layers)
+        return (None, None, *grads, *_unpack(d_states, ctx.layers * blocks), *shared)
 
-        *saved, last, states = ctx.saved_tensors
-        inputs, anchor = saved[:NUM_INPUTS], saved[NUM_INPUTS]
-        num_chunks, num_rows = inputs[0].shape[:2]
-        width, hidden, has_anchor = ctx.options["D"], ctx.options["H"], ctx.options["HAS_ANCHOR"]
-        blocks = 2 if ctx.options["HAS_MOMENTUM"] else 1
-        count = 2 * blocks
-        d_states = _pack(outer[2 : 2 + count])
-        numbers = d_states.shape[1] // blocks
-        d_base = _pack(outer[2 + count :]) if num_chunks > 1 else d_states.new_zeros(num_rows, numbers)
-        d_anchor = d_states.new_zeros(num_rows, numbers) if has_anchor else d_base
-        grads = [torch.empty_like(t) for t in inputs]
-        size = ctx.options["C"]
-        work = d_states.new_empty(num_rows, size, 4 * hidden + width + 2 * size)
-        with torch.cuda.device_of(d_states):
-            scan_backward[(num_rows,)](
-                *inputs, anchor, last, states[num_chunks - 1],
-                outer[0].contiguous(), d_base, *grads, d_anchor, d_states, work,
-                num_chunks, num_rows, states.stride(0), *ctx.scales, **ctx.options,
-            )  # fmt: skip
-        layers = [(width, hidden), (hidden, width)]
-        shared = _unpack(d_anchor, layers) if has_anchor else ()
-        return (None, None, *grads, *_unpack(d_states, layers * blocks), *shared)
+
+@torch.library.custom_op("memzoo::neural_memory_scan", mutates_args=())
+def scan(
+    inputs: Sequence[Tensor],
+    start: Tensor,
+    anchor: Tensor | None,
+    last: Tensor,
+    keeps_states: bool,
+    activation: str,
+    loss_scale: float,
+    limit: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run ``scan_forward``; one operation to a compiler.
+
+    Args:
+        inputs: The fields of ``ChunkInputs``, with the n chunks as first axis.
+        start: The carried blocks before the first chunk, packed: (R, k numbers of a block).
+        anchor: Weights that forgetting decays towards, packed, or None.
+        last: (R,) int32, the chunk whose weights at its start are the row's last gradient base.
+        keeps_states: Keep the blocks at the start of every chunk, not only after the last.
+        activation: Between the memory's layers.
+        loss_scale: Factor of the gradient.
+        limit: Of a token's gradient, or None.
+
+    Returns:
+        Reads (n, R, C, d), norms of errors (n, R, C), packed blocks (n + 1 or 1, R, ...), of which the last are those
+        after the last chunk, and the first block at the start of the last chunk.
+    """
+    from memzoo.layers.ops.kernels.neural_memory import scan_forward
+
+    y, error_norm, states, base = _results(inputs, start, anchor, last, keeps_states, activation, loss_scale, limit)
+    num_chunks, num_rows, size, width = inputs[0].shape
+    states[0] = start
+    work = start.new_empty(num_rows, size, width + size)
+    with torch.cuda.device_of(start):
+        scan_forward[(num_rows,)](
+            *inputs, start if anchor is None else anchor, last, states, y, error_norm, base, work,
+            num_chunks, num_rows, states.stride(0) if keeps_states else 0, loss_scale, limit or 0.0,
+            **_options(inputs, start, anchor, activation, limit),
+        )  # fmt: skip
+    return y, error_norm, states, base
+
+
+@scan.register_fake
+def _results(
+    inputs: Sequence[Tensor],
+    start: Tensor,
+    anchor: Tensor | None,
+    last: Tensor,
+    keeps_states: bool,
+    activation: str,
+    loss_scale: float,
+    limit: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    v, blocks = inputs[2], inputs[-1].shape[1]
+    states = start.new_empty(len(v) + 1 if keeps_states else 1, *start.shape)
+    return torch.empty_like(v), v.new_empty(v.shape[:-1]), states, start.new_empty(len(start), start.shape[1] // blocks)
+
+
+@torch.library.custom_op("memzoo::neural_memory_scan_gradients", mutates_args=())
+def scan_gradients(
+    inputs: Sequence[Tensor],
+    anchor: Tensor | None,
+    last: Tensor,
+    states: Tensor,
+    d_y: Tensor,
+    d_base: Tensor,
+    d_end: Tensor,
+    activation: str,
+    loss_scale: float,
+    limit: float | None,
+) -> list[Tensor]:
+    """Run ``scan_backward`` on what ``scan`` was given and gave, ``states`` kept, and on gradients of its results.
+
+    Returns:
+        Gradients of the inputs, of ``start`` and of ``anchor``, zeros without one.
+    """
+    from memzoo.layers.ops.kernels.neural_memory_backward import scan_backward
+
+    num_chunks, num_rows, size, width = inputs[0].shape
+    options = _options(inputs, d_end, anchor, activation, limit)
+    grads = [torch.empty_like(t) for t in inputs]
+    d_states, d_anchor = d_end.clone(), torch.zeros_like(d_base)
+    work = d_end.new_empty(num_rows, size, 4 * options["H"] + width + 2 * size)
+    with torch.cuda.device_of(d_end):
+        scan_backward[(num_rows,)](
+            *inputs, d_base if anchor is None else anchor, last, states[num_chunks - 1],
+            d_y, d_base, *grads, d_anchor, d_states, work,
+            num_chunks, num_rows, states.stride(0), loss_scale, limit or 0.0, **options,
+        )  # fmt: skip
+    return [*grads, d_states, d_anchor]
+
+
+@scan_gradients.register_fake
+def _gradients(
+    inputs: Sequence[Tensor],
+    anchor: Tensor | None,
+    last: Tensor,
+    states: Tensor,
+    d_y: Tensor,
+    d_base: Tensor,
+    d_end: Tensor,
+    activation: str,
+    loss_scale: float,
+    limit: float | None,
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t in (*inputs, d_end, d_base)]
+
+
+def _options(
+    inputs: Sequence[Tensor], start: Tensor, anchor: Tensor | None, activation: str, limit: float | None
+) -> dict[str, Any]:
+    """Return what the kernels are compiled for."""
+    size, width = inputs[0].shape[2:]
+    blocks = inputs[-1].shape[1]
+    hidden_width = start.shape[1] // (2 * blocks * width)
+    return dict(
+        C=size, D=width, H=hidden_width, B=part_of(hidden_width),
+        HAS_MOMENTUM=blocks == 2, HAS_ANCHOR=anchor is not None, HAS_LIMIT=limit is not None,
+        ACTIVATION=activation, PRECISION=precision(), num_warps=8, num_stages=1,
+    )  # fmt: skip
 
 
 def _pack(parts: Tensors | list[Tensor]) -> Tensor:

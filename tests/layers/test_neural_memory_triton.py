@@ -5,6 +5,7 @@ code for GPUs that are not here and says what of their shared memory it takes. W
 among it, is in the tests marked ``gpu``.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -51,7 +52,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the arguments,
 }
 
 
-def call(case: dict[str, Any], options: dict[str, Any], backend: str) -> list[Tensor]:
+def call(
+    case: dict[str, Any], options: dict[str, Any], backend: str, scan: Callable[..., Any] = neural_memory_scan
+) -> list[Tensor]:
     """Return outputs, final weights, momentum and base, gradients of a random sum of them in all arguments, errors."""
     options = dict(options)
     arguments = {name: case[name] for name in ("q", "k", "v", "theta", "eta", "alpha", "weights", *options.pop("keep"))}
@@ -65,7 +68,7 @@ def call(case: dict[str, Any], options: dict[str, Any], backend: str) -> list[Te
     lengths = None if lengths is None else torch.tensor(lengths)
     inputs = [w for t in given.values() for w in (t if isinstance(t, tuple) else (t,))]
     trace = Trace()
-    y, weights, momentum, base = neural_memory_scan(
+    y, weights, momentum, base = scan(
         **({"eta": None} | given), **options, lengths=lengths, chunk_size=16, backend=backend, trace=trace
     )
     outputs = [y, *weights, *momentum, *base]
@@ -107,6 +110,17 @@ def distances(name: str) -> list[float]:
     return [*apart, *(distance(x, y) for x, y in zip(alone, kept, strict=True))]
 
 
+def distances_compiled(name: str) -> list[float]:
+    """The same between one compiled graph and what is not compiled; for the process of the interpreter."""
+    backend._check_place = lambda q: None
+    backend.precision = lambda: "ieee"
+    size, options = CASES[name]
+    case = make_case(**size)
+    compiled = torch.compile(neural_memory_scan, fullgraph=True, backend="aot_eager")
+    found, expected = (call(case, options, "triton", scan) for scan in (compiled, neural_memory_scan))
+    return [distance(x, y) for x, y in zip(found, expected, strict=True)]
+
+
 @needs_triton
 @pytest.mark.parametrize(
     "name", [name if name == "everything" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
@@ -115,6 +129,14 @@ def test_interpreted_kernels_equal_the_torch_backend_in_values_and_all_gradients
     found = run_interpreted(__name__, "distances", name)
     assert len(found) >= 15
     assert all(apart < 1e-10 for apart in found)  # not NaN either
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["everything", "plain"])
+def test_a_compiler_takes_each_kernel_as_one_operation(name: str) -> None:
+    found = run_interpreted(__name__, "distances_compiled", name)
+    assert all(apart < 1e-12 for apart in found)
 
 
 @needs_triton
