@@ -82,12 +82,9 @@ def cases(
     def inputs(depth: int) -> list[Tensor]:
         return scan_inputs(batch, time, heads, depth=depth, head_dim=head_dim, device=device, dtype=torch.bfloat16)
 
-    def in_chunks(depth: int) -> Work:
-        return train_function(lambda *t: neural_memory(*t[:6], t[6:], chunk_size=chunk)[0], inputs(depth))
-
-    def fused(depth: int) -> Work:
+    def in_chunks(depth: int, kernels: str = "torch") -> Work:
         return train_function(
-            lambda *t: neural_memory(*t[:6], t[6:], chunk_size=chunk, backend="triton")[0], inputs(depth)
+            lambda *t: neural_memory(*t[:6], t[6:], chunk_size=chunk, backend=kernels)[0], inputs(depth)
         )
 
     def compiled(depth: int) -> Work:
@@ -116,22 +113,17 @@ def cases(
 
     def in_depth(depth: int, *more: Variant) -> list[Variant]:
         products = memory_products(batch, time, heads, head_dim=head_dim, depth=depth, expansion=2, chunk_size=chunk)
+        name, work = "ops.neural_memory, TF32, Triton", lambda: in_tf32(in_chunks(depth, "triton"))
+        triton = Variant(name, work, batch * time, products, missing=kernels_of("triton"))
         return [
             variant("ops.neural_memory, TF32", lambda: in_tf32(in_chunks(depth)), products),
             variant("ops.neural_memory, float32", lambda: in_chunks(depth), products),
             variant("ops.neural_memory, TF32, compiled, a call a chunk", lambda: in_tf32(compiled(depth)), products),
+            *([triton] if depth == 2 else []),  # its kernels are for two layers
             *more,
             Variant(FLA, fla, batch * time, missing=kernels_of("fla")),
         ]
 
-    products = memory_products(batch, time, heads, head_dim=head_dim, depth=2, expansion=2, chunk_size=chunk)
-    triton = Variant(
-        "ops.neural_memory, TF32, Triton",
-        lambda: in_tf32(fused(2)),
-        batch * time,
-        products,
-        missing=kernels_of("triton"),
-    )
     solved = online_products(batch, time, heads, head_dim=head_dim, chunk_size=chunk)
     linear = in_depth(
         1,
@@ -139,10 +131,9 @@ def cases(
         variant("ops.neural_memory_online, TF32, no momentum", lambda: in_tf32(online_without_momentum())),
     )
     shared: dict[str, Any] = dict(note=NOTE, targets={FLA: 1 / 3}, device=device)  # at most three times slower
-    deep = in_depth(2, triton)
     return [
         Case("cuda_linear_memory", "cuda", f"On CUDA, linear memory: {sizes}", linear, **shared),
-        Case("cuda_deep_memory", "cuda", f"On CUDA, memory of two layers, h = 2d: {sizes}", deep, **shared),
+        Case("cuda_deep_memory", "cuda", f"On CUDA, memory of two layers, h = 2d: {sizes}", in_depth(2), **shared),
     ]
 
 

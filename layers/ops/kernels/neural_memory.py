@@ -1,11 +1,10 @@
 """Triton kernel of a neural memory's scan, forward: a program a row, which goes through all of its chunks.
 
-What ``memzoo.layers.ops.neural_memory_chunk`` says in some sixty calls a chunk, and twice as many backward, is one
-kernel each here. Notation is that module's, with W the weights at the start of the chunk, U and S its carried blocks (U
-is W minus the anchor), each of two layers. The hidden layer is taken ``B`` units at a time, so that registers can hold
-most of what a program works on; errors and scores are sums over these parts, and what needs such a sum waits for the
-next pass over them. Blocks, and what one pass leaves for the next, go through global memory, from whose cache they come
-back.
+What ``memzoo.layers.ops.neural_memory_chunk`` says in 44 operations a chunk, and 103 backward, is one kernel each here.
+Notation is that module's, with W the weights at the start of the chunk, U and S its carried blocks (U is W minus the
+anchor), each of two layers. The hidden layer is taken ``B`` units at a time, so that registers can hold most of what a
+program works on; errors and scores are sums over these parts, and what needs such a sum waits for the next pass over
+them. Blocks, and what one pass leaves for the next, go through global memory, from whose cache they come back.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -75,19 +74,18 @@ def scan_forward(
         score = tl.zeros_like(score)
         answer = tl.zeros_like(error)
         for b in range(0, H, B):
-            first = b  # of the part in the first layer, in the second
-            second = SECOND + b * D
+            second = SECOND + b * D  # of the part, which begins at b in the first layer
             x0 = tl.load(keys)
             d1 = tl.load(errors)
-            u1 = tl.load(tile(old + first, D, B, H))
+            u1 = tl.load(tile(old + b, D, B, H))
             u2 = tl.load(tile(old + second, B, D, D))
             if j == last_chunk:
-                tl.store(tile(own_base + first, D, B, H), u1)
+                tl.store(tile(own_base + b, D, B, H), u1)
                 tl.store(tile(own_base + second, B, D, D), u2)
             w1 = u1
             w2 = u2
             if HAS_ANCHOR:
-                f1 = tl.load(tile(fixed + first, D, B, H))
+                f1 = tl.load(tile(fixed + b, D, B, H))
                 f2 = tl.load(tile(fixed + second, B, D, D))
                 w1 += f1
                 w2 += f2
@@ -103,7 +101,7 @@ def scan_forward(
             out = tl.dot(tl.load(scores), d0, input_precision=PRECISION)
             out += tl.dot(a0, u1, input_precision=PRECISION) * of_weights
             if HAS_MOMENTUM:
-                s1 = tl.load(tile(old + SIZE + first, D, B, H))
+                s1 = tl.load(tile(old + SIZE + b, D, B, H))
                 s2 = tl.load(tile(old + SIZE + second, B, D, D))
                 of_momentum = tl.load(read + coefficients + later)[:, None]
                 out += tl.dot(a0, s1, input_precision=PRECISION) * of_momentum
@@ -131,9 +129,9 @@ def scan_forward(
                 written = tl.load(write + coefficients + later)[:, None]
                 s1 = s1 * kept + tl.dot(tl.trans(x0), d0 * written, input_precision=PRECISION)
                 s2 = s2 * kept + tl.dot(tl.trans(x1), d1 * written, input_precision=PRECISION)
-                tl.store(tile(new + SIZE + first, D, B, H), s1)
+                tl.store(tile(new + SIZE + b, D, B, H), s1)
                 tl.store(tile(new + SIZE + second, B, D, D), s2)
-            tl.store(tile(new + first, D, B, H), u1)
+            tl.store(tile(new + b, D, B, H), u1)
             tl.store(tile(new + second, B, D, D), u2)
         score *= tl.load(tile(mix + chunk * C * C, C, C, C))
         answer += tl.dot(score, tl.load(errors), input_precision=PRECISION)

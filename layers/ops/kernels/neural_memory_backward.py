@@ -91,19 +91,19 @@ def scan_backward(
         tl.debug_barrier()
         score1 = tl.zeros_like(score0)
         d_d1 = tl.zeros_like(error)
-        dots = tl.sum(d_d1, 1)
-        dots_too = tl.sum(d_d1, 1)
+        zeros = tl.zeros_like(tl.sum(error, 1))
+        dots = zeros
+        dots_too = zeros
         for b in range(0, H, B):
-            first = b
-            second = SECOND + b * D
+            second = SECOND + b * D  # of the part, which begins at b in the first layer
             x0 = tl.load(keys)
             a0 = tl.load(queries)
             d1 = tl.load(errors)
-            u1 = tl.load(tile(old + first, D, B, H))
+            u1 = tl.load(tile(old + b, D, B, H))
             w1 = u1
             w2 = tl.load(tile(old + second, B, D, D))
             if HAS_ANCHOR:
-                f1 = tl.load(tile(fixed + first, D, B, H))
+                f1 = tl.load(tile(fixed + b, D, B, H))
                 w1 += f1
                 w2 += tl.load(tile(fixed + second, B, D, D))
             z = tl.dot(x0, w1, input_precision=PRECISION)
@@ -112,7 +112,7 @@ def scan_backward(
             out = tl.dot(tl.load(scores), e * slope_of(z, ACTIVATION), input_precision=PRECISION)
             out += tl.dot(a0, u1, input_precision=PRECISION) * of_weights
             if HAS_MOMENTUM:
-                s1 = tl.load(tile(old + SIZE + first, D, B, H))
+                s1 = tl.load(tile(old + SIZE + b, D, B, H))
                 out += tl.dot(a0, s1, input_precision=PRECISION) * of_momentum
             if HAS_ANCHOR:
                 out += tl.dot(a0, f1, input_precision=PRECISION)
@@ -142,17 +142,16 @@ def scan_backward(
         d_mixed = tl.zeros_like(d_score)
         d_a0 = tl.zeros_like(d_d1)
         d_x0 = tl.zeros_like(d_d1)
-        read_dots = tl.sum(d_a0, 1)
-        read_dots_too = tl.sum(d_a0, 1)
-        from_u = tl.sum(tl.sum(d_a0, 1), 0)
-        from_s = tl.sum(tl.sum(d_a0, 1), 0)
-        of_s = tl.sum(tl.sum(d_a0, 1), 0)
+        read_dots = zeros
+        read_dots_too = zeros
+        from_u = tl.sum(zeros, 0)
+        from_s = tl.sum(zeros, 0)
+        of_s = tl.sum(zeros, 0)
         kept = tl.load(transition + shares)
         if HAS_MOMENTUM:
             share = tl.load(transition + shares + num_rows)
             kept_too = tl.load(transition + shares + 3 * num_rows)
         for b in range(0, H, B):
-            first = b
             second = SECOND + b * D
             z = tl.load(tile(own_work + b, C, B, H))
             e = tl.load(tile(own_work + PART + b, C, B, H))
@@ -166,7 +165,7 @@ def scan_backward(
             slope = slope_of(z, ACTIVATION)
             d0 = e * slope
             a1 = activate(out, ACTIVATION)
-            g1 = tl.load(tile(grad + first, D, B, H))
+            g1 = tl.load(tile(grad + b, D, B, H))
             g2 = tl.load(tile(grad + second, B, D, D))
             d_x1 = tl.dot(tl.trans(d_score), a1, input_precision=PRECISION)
             d_x1 += tl.dot(d1 * written, tl.trans(g2), input_precision=PRECISION)
@@ -181,7 +180,7 @@ def scan_backward(
             d_a1 = tl.dot(d_score, x1, input_precision=PRECISION) + product * of_weights
             from_u += tl.sum(tl.sum(g2 * u2, 1), 0)
             if HAS_MOMENTUM:
-                m1 = tl.load(tile(grad + SIZE + first, D, B, H))
+                m1 = tl.load(tile(grad + SIZE + b, D, B, H))
                 m2 = tl.load(tile(grad + SIZE + second, B, D, D))
                 d_x1 += tl.dot(d1 * written_too, tl.trans(m2), input_precision=PRECISION)
                 d_d0 += tl.dot(x0 * written_too, m1, input_precision=PRECISION)
@@ -200,7 +199,7 @@ def scan_backward(
                 d_a1 += tl.dot(d_answer, tl.trans(f2), input_precision=PRECISION)
             d_out = d_a1 * slope_of(out, ACTIVATION)
 
-            u1 = tl.load(tile(old + first, D, B, H))
+            u1 = tl.load(tile(old + b, D, B, H))
             product = tl.dot(d_out, tl.trans(u1), input_precision=PRECISION)
             read_dots += tl.sum(product * a0, 1)
             d_a0 += product * of_weights
@@ -208,15 +207,14 @@ def scan_backward(
             d_d0 += tl.dot(tl.trans(tl.load(scores)), d_out, input_precision=PRECISION)
             from_u += tl.sum(tl.sum(g1 * u1, 1), 0)
             if HAS_MOMENTUM:
-                s1 = tl.load(tile(old + SIZE + first, D, B, H))
+                s1 = tl.load(tile(old + SIZE + b, D, B, H))
                 product = tl.dot(d_out, tl.trans(s1), input_precision=PRECISION)
                 read_dots_too += tl.sum(product * a0, 1)
                 d_a0 += product * of_momentum
                 from_s += tl.sum(tl.sum(g1 * s1, 1), 0)
                 of_s += tl.sum(tl.sum(m1 * s1, 1), 0)
-
             if HAS_ANCHOR:
-                f1 = tl.load(tile(fixed + first, D, B, H))
+                f1 = tl.load(tile(fixed + b, D, B, H))
                 d_a0 += tl.dot(d_out, tl.trans(f1), input_precision=PRECISION)
 
             if HAS_LIMIT:
@@ -229,18 +227,18 @@ def scan_backward(
                 m2 = g2 * share + m2 * kept_too
                 m1 += tl.dot(tl.trans(a0 * of_momentum), d_out, input_precision=PRECISION)
                 m2 += tl.dot(tl.trans(a1 * of_momentum), d_answer, input_precision=PRECISION)
-                tl.store(tile(grad + SIZE + first, D, B, H), m1)
+                tl.store(tile(grad + SIZE + b, D, B, H), m1)
                 tl.store(tile(grad + SIZE + second, B, D, D), m2)
             g1 = g1 * kept + tl.dot(tl.trans(a0 * of_weights), d_out, input_precision=PRECISION)
             g2 = g2 * kept + tl.dot(tl.trans(a1 * of_weights), d_answer, input_precision=PRECISION)
             if HAS_ANCHOR:
                 d_f1 = tl.dot(tl.trans(a0), d_out, input_precision=PRECISION)
                 d_f2 = tl.dot(tl.trans(a1), d_answer, input_precision=PRECISION)
-                d_f1 += tl.load(tile(own_anchor + first, D, B, H))
+                d_f1 += tl.load(tile(own_anchor + b, D, B, H))
                 d_f2 += tl.load(tile(own_anchor + second, B, D, D))
-                tl.store(tile(own_anchor + first, D, B, H), d_f1)
+                tl.store(tile(own_anchor + b, D, B, H), d_f1)
                 tl.store(tile(own_anchor + second, B, D, D), d_f2)
-            tl.store(tile(grad + first, D, B, H), g1)
+            tl.store(tile(grad + b, D, B, H), g1)
             tl.store(tile(grad + second, B, D, D), g2)
         tl.debug_barrier()
         d_score = d_mixed * tl.load(table)
@@ -275,7 +273,6 @@ def scan_backward(
             d_d1 = d_d1 * factor[:, None] + d1 * to_last[:, None]
             d_x0 += tl.load(keys) * to_key[:, None]
         for b in range(0, H, B):
-            first = b
             second = SECOND + b * D
             z = tl.load(tile(own_work + b, C, B, H))
             e = tl.load(tile(own_work + PART + b, C, B, H))
@@ -303,14 +300,13 @@ def scan_backward(
         # Fifth: the keys.
         tl.debug_barrier()
         for b in range(0, H, B):
-            first = b
             second = SECOND + b * D
             x0 = tl.load(keys)
             d_d1 = tl.load(tile(d_v + chunk * C * D, C, D, D))
-            w1 = tl.load(tile(old + first, D, B, H))
+            w1 = tl.load(tile(old + b, D, B, H))
             w2 = tl.load(tile(old + second, B, D, D))
             if HAS_ANCHOR:
-                w1 += tl.load(tile(fixed + first, D, B, H))
+                w1 += tl.load(tile(fixed + b, D, B, H))
                 w2 += tl.load(tile(fixed + second, B, D, D))
             z = tl.load(tile(own_work + b, C, B, H))
             d_z = tl.load(tile(own_work + PART + b, C, B, H))
@@ -319,14 +315,14 @@ def scan_backward(
             h1 = tl.dot(tl.trans(x0), d_z, input_precision=PRECISION)
             h2 = -tl.dot(tl.trans(activate(z, ACTIVATION)), d_d1, input_precision=PRECISION)
             if j == last_chunk:
-                h1 += tl.load(tile(own_base + first, D, B, H))
+                h1 += tl.load(tile(own_base + b, D, B, H))
                 h2 += tl.load(tile(own_base + second, B, D, D))
-            tl.store(tile(grad + first, D, B, H), tl.load(tile(grad + first, D, B, H)) + h1)
+            tl.store(tile(grad + b, D, B, H), tl.load(tile(grad + b, D, B, H)) + h1)
             tl.store(tile(grad + second, B, D, D), tl.load(tile(grad + second, B, D, D)) + h2)
             if HAS_ANCHOR:
-                d_f1 = tl.load(tile(own_anchor + first, D, B, H)) + h1
+                d_f1 = tl.load(tile(own_anchor + b, D, B, H)) + h1
                 d_f2 = tl.load(tile(own_anchor + second, B, D, D)) + h2
-                tl.store(tile(own_anchor + first, D, B, H), d_f1)
+                tl.store(tile(own_anchor + b, D, B, H), d_f1)
                 tl.store(tile(own_anchor + second, B, D, D), d_f2)
         tl.store(tile(d_k + chunk * C * D, C, D, D), d_x0)
         tl.debug_barrier()
