@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from memzoo.layers.ops.activations import ACTIVATIONS
+from memzoo.layers.ops.activations import ACTIVATIONS, Activation
 from memzoo.layers.ops.neural_memory_clip import clip_backward, clip_errors, clip_factor
 from memzoo.layers.ops.neural_memory_norm import gradient, gradient_backward, normalise
 
@@ -60,7 +60,7 @@ class ChunkSettings:
         carry, rest = parts[: self.blocks], parts[self.blocks :]
         base = rest.pop(0) if self.has_base else ()
         anchor = rest.pop(0) if self.has_anchor else ()
-        return ChunkStates(carry, base, anchor, states[self.depth * self.num_groups :])
+        return ChunkStates.at(carry, base, anchor, states[self.depth * self.num_groups :])
 
     @property
     def num_groups(self) -> int:
@@ -77,48 +77,45 @@ class ChunkStates:
         base: Weights at which gradients are taken, if not those carried, likewise; or ().
         anchor: Weights that forgetting decays towards, likewise; or ().
         norm: Gain and bias of the LayerNorm, (R, 1, d_L) each; or ().
+        weights: The weights at which the chunk's gradients are taken.
     """
 
     carry: list[Tensors]
     base: Tensors
     anchor: Tensors
     norm: Tensors
+    weights: Tensors
 
-    @property
-    def weights(self) -> Tensors:
-        """The weights at which the chunk's gradients are taken."""
-        return self.base or base_weights(self.carry[0], self.anchor)
+    @staticmethod
+    def at(carry: list[Tensors], base: Tensors, anchor: Tensors, norm: Tensors) -> "ChunkStates":
+        """Start from these; without a base of its own a chunk takes its gradients at what is carried."""
+        return ChunkStates(carry, base, anchor, norm, base or base_weights(carry[0], anchor))
 
 
 @dataclass
 class ChunkWork:
-    """What the forward pass of a chunk computes and its backward pass needs, a list entry a memory layer.
+    """What the backward pass of a chunk takes over from its forward pass, a list entry a memory layer.
+
+    Results of matrix products, and little else: what follows from these one by one is faster to compute again than to
+    fetch from memory.
 
     Attributes:
-        x: Inputs of the layers for the keys, (R, C, d_in).
-        first: Slopes of the activation at their outputs, all layers but the last, (R, C, d_out).
-        second: Second derivatives there, likewise.
-        e: Errors at the activations' outputs, likewise.
-        d: Errors at the layers' outputs, clipped if a limit is set, (R, C, d_out).
-        a: Inputs of the layers for the queries, (R, C, d_in).
-        slope: Slopes of the activation at their outputs, all layers but the last.
-        score: ``a x^T``, (R, C, C).
-        mixed: ``score`` times the table.
-        product: ``a`` times each carried block, of the layers that narrow, (R, C, d_out).
+        z: Outputs of all layers but the last for the keys, (R, C, d_out).
+        e: Errors at the activations behind them, likewise.
+        d: Errors at the last layer's outputs, clipped if a limit is set, (R, C, d_L).
+        out: Outputs of all layers but the last for the queries, (R, C, d_out).
+        score: Their inputs times those for the keys, (R, C, C).
+        product: Inputs for the queries times each carried block, of the layers that narrow, (R, C, d_out).
         clip: Factor of every token's gradient (R, C, 1), or no entry.
         norm: With a LayerNorm around the network: what it makes of the keys' outputs (R, C, d_L), their deviation
             (R, C, 1) and the error behind it (R, C, d_L).
     """
 
-    x: list[Tensor] = field(default_factory=list)
-    first: list[Tensor] = field(default_factory=list)
-    second: list[Tensor] = field(default_factory=list)
+    z: list[Tensor] = field(default_factory=list)
     e: list[Tensor] = field(default_factory=list)
     d: list[Tensor] = field(default_factory=list)
-    a: list[Tensor] = field(default_factory=list)
-    slope: list[Tensor] = field(default_factory=list)
+    out: list[Tensor] = field(default_factory=list)
     score: list[Tensor] = field(default_factory=list)
-    mixed: list[Tensor] = field(default_factory=list)
     product: list[Tensor] = field(default_factory=list)
     clip: list[Tensor] = field(default_factory=list)
     norm: list[Tensor] = field(default_factory=list)
@@ -172,44 +169,42 @@ def chunk_forward(
     carry, weights, anchor = states.carry, states.weights, states.anchor
     fn = ACTIVATIONS[settings.activation]
     last = settings.depth - 1
-    work = ChunkWork(x=[inputs.k], a=[inputs.q])
+    work = ChunkWork()
 
     # Keys forward, errors backward, both at the chunk's base.
+    x = [inputs.k]
     for i in range(last):
-        z = torch.bmm(work.x[i], weights[i])
-        value, first, *second = fn.jet(z) if settings.keeps_work else fn.slope(z)
-        work.x.append(value)
-        work.first.append(first)
-        work.second += second
+        work.z.append(torch.bmm(x[i], weights[i]))
+        x.append(fn.value(work.z[i]))
     if states.norm:
         gain, bias = states.norm
-        normal, deviation = normalise(torch.bmm(work.x[last], weights[last]))
+        normal, deviation = normalise(torch.bmm(x[last], weights[last]))
         error = torch.addcmul(bias, normal, gain) + inputs.k - inputs.v
         work.norm = [normal, deviation, error]
         d = [gradient(normal, deviation, error, gain).neg_()]
     else:
-        error = torch.baddbmm(inputs.v, work.x[last], weights[last], alpha=-1)  # its negative
+        error = torch.baddbmm(inputs.v, x[last], weights[last], alpha=-1)  # its negative
         d = [error]
     error_norm = torch.linalg.vector_norm(error, dim=-1)
     if settings.loss_scale != 1:
         d[0].mul_(settings.loss_scale)
     for i in range(last, 0, -1):
         work.e.insert(0, torch.bmm(d[0], weights[i].mT))
-        d.insert(0, work.e[0] * work.first[i - 1])
+        d.insert(0, fn.pull(work.e[0], work.z[i - 1]))
     if settings.max_gradient_norm is not None:
-        work.clip.append(clip_factor(work.x, d, settings.max_gradient_norm))
+        work.clip.append(clip_factor(x, d, settings.max_gradient_norm))
         d = [clip_errors(d_i, work.clip[0]) for d_i in d]
         written = work.clip[0] > 0  # of a token that is dropped nothing may be left: its errors can be infinite
         work.e = [torch.where(written, e, 0) for e in work.e]
         work.norm = [torch.where(written, part, 0 if i != 1 else 1) for i, part in enumerate(work.norm)]
-    work.d = d
+    work.d.append(d[last])
 
     # Queries forward through the weights after each token, which exist only as coefficients.
+    a = inputs.q
     for i in range(settings.depth):
-        a = work.a[i]
-        work.score.append(torch.bmm(a, work.x[i].mT))
-        work.mixed.append(work.score[i] * inputs.mix)
-        out = torch.bmm(work.mixed[i], d[i], out=y) if i == last else torch.bmm(work.mixed[i], d[i])
+        work.score.append(torch.bmm(a, x[i].mT))
+        mixed = work.score[i] * inputs.mix
+        out = torch.bmm(mixed, d[i], out=y) if i == last else torch.bmm(mixed, d[i])
         for block, coefficient in zip(carry, inputs.read, strict=True):
             if _widens(block[i]):
                 out.baddbmm_(a * coefficient, block[i])
@@ -219,18 +214,18 @@ def chunk_forward(
         if anchor:
             out.baddbmm_(a, anchor[i])
         if i < last:
-            value, *slope = fn.slope(out) if settings.keeps_work else (fn.value(out),)
-            work.a.append(value)
-            work.slope += slope
+            work.out.append(out)
+            a = fn.value(out)
 
     new = []
-    for b, coefficient in enumerate(inputs.write):
+    for b, (coefficient, transition) in enumerate(zip(inputs.write, inputs.transition, strict=True)):
+        own, *others = transition.unbind()[b:]
         for i in range(settings.depth):
-            m = carry[b][i] * inputs.transition[b, b]
-            for later in range(b + 1, settings.blocks):
-                m.addcmul_(carry[later][i], inputs.transition[b, later])
-            x, d_i = (work.x[i] * coefficient, d[i]) if _widens(m) else (work.x[i], d[i] * coefficient)
-            new.append(m.baddbmm_(x.mT, d_i))
+            m = carry[b][i] * own
+            for later, share in enumerate(others, b + 1):
+                m.addcmul_(carry[later][i], share)
+            x_i, d_i = (x[i] * coefficient, d[i]) if _widens(m) else (x[i], d[i] * coefficient)
+            new.append(m.baddbmm_(x_i.mT, d_i))
     return new, error_norm, work
 
 
@@ -245,8 +240,11 @@ def chunk_backward(
 ) -> list[Tensor]:
     """Fill ``grads`` with the gradients of ``inputs`` and return those of ``states``, as a flat list."""
     carry, weights, base, anchor = states.carry, states.weights, states.base, states.anchor
-    x, d = work.x, work.d
+    fn = ACTIVATIONS[settings.activation]
     last = settings.depth - 1
+    x, first, second = _keys_again(inputs.k, fn, work.z)
+    d = [e * slope for e, slope in zip(work.e, first, strict=True)]
+    d = [*(clip_errors(d_i, work.clip[0]) for d_i in d), *work.d] if work.clip else d + work.d
 
     # The new carry: transition carry + x^T diag(write) d.
     d_blocks = [d_new[i : i + settings.depth] for i in range(0, len(d_new), settings.depth)]
@@ -276,9 +274,9 @@ def chunk_backward(
     d_out = d_y
     products = list(work.product)
     for i in range(last, -1, -1):
-        a = work.a[i]
+        a = fn.value(work.out[i - 1]) if i else inputs.q
+        d_d[i].baddbmm_((work.score[i] * inputs.mix).mT, d_out)
         d_mixed = torch.bmm(d_out, d[i].mT)
-        d_d[i].baddbmm_(work.mixed[i].mT, d_out)
         if i == last:
             torch.mul(d_mixed, work.score[i], out=grads.mix)
         else:
@@ -301,7 +299,7 @@ def chunk_backward(
         if anchor:
             d_a.baddbmm_(d_out, anchor[i].mT)
             d_anchor[i].baddbmm_(a.mT, d_out)
-        d_out = d_a.mul_(work.slope[i - 1]) if i else d_a
+        d_out = fn.pull(d_a, work.out[i - 1]) if i else d_a
     for dots, into in zip(d_read, grads.read, strict=True):
         _sum(dots, into)
 
@@ -312,8 +310,8 @@ def chunk_backward(
     d_weights = [torch.zeros_like(w) for w in weights] if base or anchor else d_carry[0]
     d_z = []
     for i in range(last):
-        d_e = d_d[i] * work.first[i]
-        d_z.append(d_d[i].mul_(work.e[i]).mul_(work.second[i]))
+        d_e = d_d[i] * first[i]
+        d_z.append(d_d[i].mul_(work.e[i]).mul_(second[i]))
         d_d[i + 1].baddbmm_(d_e, weights[i + 1])
         d_weights[i + 1].baddbmm_(d_e.mT, d[i + 1])
     if settings.loss_scale != 1:
@@ -326,13 +324,19 @@ def chunk_backward(
         d_x[i].baddbmm_(d_z[i], weights[i].mT)
         d_weights[i].baddbmm_(x[i].mT, d_z[i])
         if i:
-            d_z[i - 1].addcmul_(d_x[i], work.first[i - 1])
+            d_z[i - 1].addcmul_(d_x[i], first[i - 1])
 
     if anchor and not base:  # the weights were the first carried block plus the anchor
         for d_m, d_u, d_w in zip(d_anchor, d_carry[0], d_weights, strict=True):
             d_m += d_w
             d_u += d_w
     return [t for block in d_carry for t in block] + (d_weights if base else []) + d_anchor + d_norm
+
+
+def _keys_again(k: Tensor, fn: Activation, z: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the layers' inputs for the keys, and both derivatives of the activations between them."""
+    jets = [fn.jet(z_i) for z_i in z]
+    return [k, *(jet[0] for jet in jets)], [jet[1] for jet in jets], [jet[2] for jet in jets]
 
 
 def _norm_backward(gain: Tensor, work: list[Tensor], d_z: list[Tensor], grads: ChunkInputs) -> list[Tensor]:
@@ -354,14 +358,14 @@ def _transition_backward(
     """Return the gradients of the carried blocks through ``transition``; fill in its own."""
     d_carry: list[list[Tensor]] = []
     d_transition.zero_()  # from a block to a later one nothing flows
-    for old, block in enumerate(carry):
-        d_carry.append([d_m * transition[old, old] for d_m in d_blocks[old]])
+    for old, (block, shares) in enumerate(zip(carry, transition.unbind(1), strict=True)):
+        d_carry.append([d_m * shares[old] for d_m in d_blocks[old]])
         for new in range(old + 1):
             dots = [(g * m).sum((1, 2), keepdim=True) for g, m in zip(d_blocks[new], block, strict=True)]
             _sum(dots, d_transition[new, old])
             if new < old:
                 for d_m, g in zip(d_carry[old], d_blocks[new], strict=True):
-                    d_m.addcmul_(g, transition[new, old])
+                    d_m.addcmul_(g, shares[new])
     return d_carry
 
 

@@ -49,11 +49,11 @@ class ChunkScan(torch.autograd.Function):
         new: list[Tensor] = []
         kept: list[Tensor] = []
         lengths: list[int] = []
-        for j in range(len(y)):
+        for j, (inputs, y_j) in enumerate(zip(_chunks(stacked), y.unbind(), strict=True)):
             if j:
                 states = _next(settings, states, new)
                 base = states.weights if reached is None else where(reached[j], states.weights, base)
-            new, error, work = chunk_forward(settings, _chunk(stacked, j), states, y[j])
+            new, error, work = chunk_forward(settings, inputs, states, y_j)
             errors.append(error)
             if settings.keeps_work:
                 lengths, packed = work.pack()
@@ -75,14 +75,15 @@ class ChunkScan(torch.autograd.Function):
         kept = [saved[i : i + stride] for i in range(ctx.num_given, len(saved), stride)]  # a list a chunk
         stacked, first = ChunkInputs(*tensors[:NUM_INPUTS]), settings.split(tensors[NUM_INPUTS:])
         grads = ChunkInputs(*(torch.empty_like(t) for t in tensors[:NUM_INPUTS]))
-        d_y, d_new, d_base = outer[0].contiguous(), list(outer[2 : 2 + count]), list(outer[2 + count :])
+        d_y, d_new, d_base = outer[0].contiguous().unbind(), list(outer[2 : 2 + count]), list(outer[2 + count :])
+        inputs, d_inputs = _chunks(stacked), _chunks(grads)
         d_shared = [torch.zeros_like(t) for t in (*first.anchor, *first.norm)]
         d_own_base: list[Tensor] = []
-        with no_autocast(d_y.device):  # the caller's may be on
+        with no_autocast(outer[0].device):  # the caller's may be on
             for j in reversed(range(len(d_y))):
                 states = _next(settings, first, kept[j - 1][:count]) if j else first
                 work = ChunkWork.unpack(ctx.lengths, tuple(kept[j][count:]))
-                d_states = chunk_backward(settings, _chunk(stacked, j), states, work, d_y[j], d_new, _chunk(grads, j))
+                d_states = chunk_backward(settings, inputs[j], states, work, d_y[j], d_new, d_inputs[j])
                 d_new, d_rest = d_states[:count], d_states[count:]
                 d_own_base, d_rest = d_rest[: len(states.base)], d_rest[len(states.base) :]
                 _add(d_shared, d_rest)
@@ -93,14 +94,14 @@ class ChunkScan(torch.autograd.Function):
                 _add(d_own_base or d_new[: settings.depth], ours)
                 if not d_own_base and first.anchor:
                     _add(d_shared[: settings.depth], ours)
-        inputs = (getattr(grads, f.name) for f in fields(grads))
-        return (None, None, *inputs, *d_new, *d_own_base, *d_shared)
+        d_tensors = (getattr(grads, f.name) for f in fields(grads))
+        return (None, None, *d_tensors, *d_new, *d_own_base, *d_shared)
 
 
 def _next(settings: ChunkSettings, states: ChunkStates, new: list[Tensor]) -> ChunkStates:
     """Return what the chunk after one that carries ``new`` starts from."""
     carry = [tuple(new[i : i + settings.depth]) for i in range(0, len(new), settings.depth)]
-    return ChunkStates(carry, (), states.anchor, states.norm)
+    return ChunkStates.at(carry, (), states.anchor, states.norm)
 
 
 def _part(d_base: list[Tensor], reached: Tensor | None, j: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -115,8 +116,10 @@ def where(condition: Tensor, yes: Tensors, no: Tensors) -> Tensors:
     return tuple(torch.where(condition, a, b) for a, b in zip(yes, no, strict=True))
 
 
-def _chunk(stacked: ChunkInputs, j: int) -> ChunkInputs:
-    return ChunkInputs(*(getattr(stacked, f.name)[j] for f in fields(stacked)))
+def _chunks(stacked: ChunkInputs) -> list[ChunkInputs]:
+    """View the inputs of every chunk."""
+    parts = zip(*(getattr(stacked, f.name).unbind() for f in fields(stacked)), strict=True)
+    return [ChunkInputs(*part) for part in parts]
 
 
 def _add(totals: list[Tensor], parts: list[Tensor]) -> None:

@@ -84,25 +84,24 @@ def _errors(
     rows: _Rows, base: Weights, norm: Weights, activation: str, loss_scale: float
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the error at the memory's output, those at every layer's, and every layer's input."""
-    slope_of = ACTIVATIONS[activation].slope
-    x, slopes = [rows.k], []
+    fn = ACTIVATIONS[activation]
+    x, hidden = [rows.k], []
     for w in base[:-1]:
-        value, slope = slope_of(torch.bmm(x[-1], w))
-        x.append(value)
-        slopes.append(slope)
-    z = torch.bmm(x[-1], base[-1])
+        hidden.append(torch.bmm(x[-1], w))
+        x.append(fn.value(hidden[-1]))
+    y = torch.bmm(x[-1], base[-1])
     if norm:
         gain, bias = norm
-        normal, deviation = normalise(z)
+        normal, deviation = normalise(y)
         error = torch.addcmul(bias, normal, gain) + rows.k - rows.v
         d = [gradient(normal, deviation, error, gain)]
     else:
-        error = z - rows.v
+        error = y - rows.v
         d = [error]
     if loss_scale != 1:
         d[0] = d[0] * loss_scale
-    for w, slope in zip(base[:0:-1], slopes[::-1], strict=True):
-        d.insert(0, torch.bmm(d[0], w.mT) * slope)
+    for w, z in zip(base[:0:-1], hidden[::-1], strict=True):
+        d.insert(0, fn.pull(torch.bmm(d[0], w.mT), z))
     return error, d, x
 
 
