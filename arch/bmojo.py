@@ -136,7 +136,7 @@ class BMojoLM(CausalLM):
             ``bias``.
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
 
     Shape:
         As ``CausalLM``.
@@ -188,7 +188,7 @@ class BMojoLM(CausalLM):
         attention: Mapping[str, Any] | None = None,
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
     ) -> None:
         # A module or a function would be shared by all blocks, and have no place in a saved configuration.
         check_choice("ssm", ssm, SSMS)
@@ -266,8 +266,8 @@ class BMojoLM(CausalLM):
             )
         if store is not None and self.checkpoint_blocks:
             raise ValueError(
-                "store is given, but checkpoint_blocks=True computes blocks twice, and so would store tokens twice; "
-                "use checkpoint_blocks=False"
+                f"store is given, but checkpoint_blocks={self.checkpoint_blocks} computes blocks twice, and so would "
+                "store tokens twice; use checkpoint_blocks=False"
             )
         for mixer in mixers:
             mixer.store = store

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memzoo.arch.block import Block, ResidualBlock
 from memzoo.arch.generation import Step, check_last, check_prompt_mask, generate
-from memzoo.layers.errors import check_positive, check_tokens
+from memzoo.layers.errors import check_count, check_positive, check_tokens
 from memzoo.layers.norm import RMSNorm
 from memzoo.layers.state import MixerState, State
 from memzoo.layers.trace import Trace
@@ -44,7 +44,8 @@ class CausalLM(nn.Module):
         blocks: The blocks, of that width, in order. Any mix.
         tie_embeddings: Read the logits with the embedding matrix.
         checkpoint_blocks: Keep only each block's input for the backward pass and compute the rest again: less memory,
-            more time, equal gradients.
+            more time, equal gradients. A number k does so for every k-th block, the first, the one k behind it and so
+            on; True is 1.
         norm: Builds the norm before the head from a width; blocks bring their own.
 
     Attributes:
@@ -56,7 +57,7 @@ class CausalLM(nn.Module):
         vocab_size) and the state.
 
     Raises:
-        ValueError: No block, or one of another width.
+        ValueError: No block, or one of another width; a negative ``checkpoint_blocks``.
 
     Example:
         >>> import torch
@@ -79,7 +80,7 @@ class CausalLM(nn.Module):
         blocks: Iterable[ResidualBlock],
         *,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
         norm: Callable[[int], nn.Module] = RMSNorm,
     ) -> None:
         super().__init__()
@@ -89,6 +90,8 @@ class CausalLM(nn.Module):
         self.config: dict[str, Any] = {}
         self.vocab_size = vocab_size
         self.dim = dim
+        if not isinstance(checkpoint_blocks, bool):
+            check_count("checkpoint_blocks", checkpoint_blocks, "use True for all blocks, k for every k-th")
         self.checkpoint_blocks = checkpoint_blocks
         self.embedding = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(blocks)
@@ -232,7 +235,7 @@ class CausalLM(nn.Module):
         return x
 
     def run_block(self, index: int, *inputs: Any, trace: Trace | None, donate: bool = False, **options: Any) -> Any:
-        """Call a block, so that the backward pass computes it again if ``checkpoint_blocks``; then no state is donated.
+        """Call a block; one that is to run again in the backward pass (``checkpoint_blocks``) is donated no state.
 
         Args:
             index: Number of the block.
@@ -242,7 +245,7 @@ class CausalLM(nn.Module):
             **options: Further keywords of the block.
         """
         block, scope = self.blocks[index], None if trace is None else trace.scope(f"blocks.{index}")
-        if self.checkpoint_blocks and torch.is_grad_enabled():
+        if self.checkpoint_blocks and index % self.checkpoint_blocks == 0 and torch.is_grad_enabled():
             return _checkpointed(block, inputs, scope, options)
         if donate:
             options["donate"] = True

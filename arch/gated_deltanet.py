@@ -52,7 +52,7 @@ class GatedDeltaNetLM(CausalLM):
         chunk_size: Tokens that the recurrence takes at once; changes its speed only.
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
         backend: Of the recurrence, see ``GatedDeltaNet``.
 
     Shape:
@@ -83,7 +83,7 @@ class GatedDeltaNetLM(CausalLM):
         chunk_size: int = 64,
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
         backend: str = "auto",
     ) -> None:
         def memory() -> GatedDeltaNet:

@@ -67,7 +67,7 @@ class GPT(CausalLM):
         attention_dropout: Probability with which a weight of attention is dropped in training.
         embedding_dropout: Probability with which a channel of an embedded token is dropped in training.
         tie_embeddings: Read the logits with the embedding matrix.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
 
     Shape:
         As ``CausalLM``.
@@ -93,7 +93,7 @@ class GPT(CausalLM):
         attention_dropout: float = 0.0,
         embedding_dropout: float = 0.0,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
     ) -> None:
         def feed_forward() -> nn.Module | None:
             return None if hidden_dim == 0 else FeedForward(dim, hidden_dim=hidden_dim)
@@ -123,7 +123,7 @@ class GPT(CausalLM):
         attention_dropout: float,
         embedding_dropout: float,
         tie_embeddings: bool,
-        checkpoint_blocks: bool,
+        checkpoint_blocks: bool | int,
     ) -> None:
         """Be the model whose blocks have ``channel()`` for a channel layer: for ``__init__``, also of a subclass."""
         check_positive("depth", depth)

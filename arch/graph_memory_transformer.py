@@ -73,7 +73,7 @@ class GraphMemoryTransformer(GPT):
         attention_dropout: Probability with which a weight of attention is dropped in training.
         embedding_dropout: Probability with which a channel of an embedded token is dropped in training.
         tie_embeddings: Read the logits with the embedding matrix.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
         cell: Further options of ``GraphMemoryCell``, such as ``{"write_back": "deferred"}``.
 
     Shape:
@@ -101,7 +101,7 @@ class GraphMemoryTransformer(GPT):
         attention_dropout: float = 0.0,
         embedding_dropout: float = 0.0,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
         cell: Mapping[str, Any] | None = None,
     ) -> None:
         options = dict(cell or {})
@@ -114,8 +114,8 @@ class GraphMemoryTransformer(GPT):
             check_choice("cell option", name, CELL_OPTIONS)
         if checkpoint_blocks and options.get("write_back") == "reference":
             raise ValueError(
-                "checkpoint_blocks=True would write twice with cell['write_back']='reference', which writes in the "
-                "forward pass; use write_back='deferred', or checkpoint_blocks=False"
+                f"checkpoint_blocks={checkpoint_blocks} would write twice with cell['write_back']='reference', which "
+                "writes in the forward pass; use write_back='deferred', or checkpoint_blocks=False"
             )
         self._build(
             vocab_size,

@@ -78,7 +78,7 @@ class HierarchicalMemoryLM(CausalLM):
         qk_norm: RMS-normalise queries and keys, "full" over all heads together, True head by head.
         tie_embeddings: Read the logits with the embedding matrix.
         mode: How feed-forwards read memories: "add" or "concat", as in ``MemoryFeedForward``.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
 
     Shape:
         As ``CausalLM``.
@@ -116,7 +116,7 @@ class HierarchicalMemoryLM(CausalLM):
         qk_norm: bool | Literal["full"] = "full",
         tie_embeddings: bool = True,
         mode: Literal["add", "concat"] = "add",
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
     ) -> None:
         check_positive("depth", depth)
         num_heads, head_dim = resolve_heads(dim, num_heads, head_dim)

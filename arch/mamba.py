@@ -92,7 +92,7 @@ class MambaLM(CausalLM):
         chunk_size: Tokens that the recurrence takes at once; changes its speed only.
         norm_eps: Of all norms but those of ``projection_norm``.
         tie_embeddings: Read the logits with the embedding matrix.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
         backend: Of the recurrence, see ``Mamba`` and ``Mamba2``.
 
     Shape:
@@ -130,7 +130,7 @@ class MambaLM(CausalLM):
         chunk_size: int | None = None,
         norm_eps: float = 1e-5,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
         backend: str = "auto",
     ) -> None:
         options = _options_of(

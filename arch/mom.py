@@ -92,7 +92,7 @@ class MoM(CausalLM):
         attention: Keyword options of ``memzoo.layers.Attention`` there, such as ``{"num_heads": 16}``.
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
         backend: Of the recurrence, see ``MixtureOfMemories``.
 
     Shape:
@@ -135,7 +135,7 @@ class MoM(CausalLM):
         attention: Mapping[str, Any] | None = None,
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
         backend: str = "auto",
     ) -> None:
         def memories() -> MixtureOfMemories:

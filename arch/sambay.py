@@ -79,7 +79,7 @@ class SambaY(CausalLM):
         norm: ``"rmsnorm"`` or ``"layernorm"``.
         norm_eps: Of all norms on the residual stream, and of those within a state-space layer and a Gated Memory Unit.
         tie_embeddings: Read the logits with the embedding matrix.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
         backend: ``"auto"``, or ``"torch"`` for no other library in any layer.
 
     Attributes:
@@ -125,7 +125,7 @@ class SambaY(CausalLM):
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
         backend: str = "auto",
     ) -> None:
         kinds = layer_map(depth, self_pattern, cross)

@@ -66,7 +66,7 @@ class TitansLMM(CausalLM):
         checkpoint_chunks: Recompute the memory in the backward pass, so many chunks at a time; None keeps everything.
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
         backend: Implementation of the memory, see ``memzoo.layers.ops.neural_memory``.
 
     Shape:
@@ -109,7 +109,7 @@ class TitansLMM(CausalLM):
         checkpoint_chunks: int | None = None,
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
         backend: str = "auto",
     ) -> None:
         def memory() -> NeuralMemory:

@@ -62,7 +62,7 @@ class TitansMAC(CausalLM):
         memory: Keyword options of ``memzoo.layers.NeuralMemory``, such as ``{"memory_depth": 3}``.
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
 
     Shape:
         As ``CausalLM``.
@@ -95,7 +95,7 @@ class TitansMAC(CausalLM):
         memory: Mapping[str, Any] | None = None,
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
     ) -> None:
         def mixer() -> MemoryAsContext:
             return MemoryAsContext(

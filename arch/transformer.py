@@ -49,7 +49,7 @@ class Transformer(CausalLM):
         backend: Of the attention: "auto", "torch" or "flash_attn".
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
-        checkpoint_blocks: Compute each block again in the backward pass.
+        checkpoint_blocks: Compute each block again in the backward pass; a number k, every k-th.
 
     Shape:
         As ``CausalLM``.
@@ -77,7 +77,7 @@ class Transformer(CausalLM):
         backend: str = "auto",
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | int = False,
     ) -> None:
         options: dict[str, Any] = {
             "num_heads": num_heads,

@@ -1,5 +1,6 @@
 """CausalLM: any mix of blocks is one model that streams, packs, forks and leaves its layers' own weights alone."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_a_block_may_be_used_twice() -> None:
 @pytest.mark.parametrize("with_state", [False, True])
 def test_checkpointed_blocks_give_equal_logits_gradients_and_traces(tokens: Tensor, with_state: bool) -> None:
     results = []
-    for checkpointed in (False, True):
+    for checkpointed in (False, True, 2):
         model = hybrid(checkpoint_blocks=checkpointed)
         trace = Trace()
         start = model(tokens)[1] if with_state else None
@@ -184,12 +185,13 @@ def test_checkpointed_blocks_give_equal_logits_gradients_and_traces(tokens: Tens
         (logits.square().mean() + state.blocks[0].weights[0].sum()).backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         results.append((logits, gradients, trace.signals, state.named_tensors()))
-    (logits, *plain), (again, *recomputed) = results
-    assert torch.equal(logits, again)
-    for expected, got in zip(plain, recomputed, strict=True):
-        assert expected.keys() == got.keys()
-        for name, tensor in expected.items():
-            torch.testing.assert_close(got[name], tensor, msg=name, **CLOSE)
+    (logits, *plain), *others = results
+    for again, *recomputed in others:
+        assert torch.equal(logits, again)
+        for expected, got in zip(plain, recomputed, strict=True):
+            assert expected.keys() == got.keys()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(got[name], tensor, msg=name, **CLOSE)
 
 
 def test_checkpointed_blocks_keep_less_for_the_backward_pass(tokens: Tensor) -> None:
@@ -205,6 +207,24 @@ def test_checkpointed_blocks_keep_less_for_the_backward_pass(tokens: Tensor) -> 
         return sum(sizes)
 
     assert kept(hybrid(checkpoint_blocks=True)) < kept(hybrid()) / 5
+
+
+@pytest.mark.parametrize(
+    ("every", "recomputed"), [(False, []), (0, []), (True, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3])]
+)
+def test_every_so_many_blocks_run_twice(tokens: Tensor, every: bool | int, recomputed: list[int]) -> None:
+    model = hybrid(checkpoint_blocks=every)
+    ran: list[int] = []
+    for index, block in enumerate(model.blocks):
+        block.mixer.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+    model(tokens)[0].sum().backward()
+    assert sorted(ran) == sorted([0, 1, 2, 3, *recomputed])
+
+
+@pytest.mark.parametrize("every", [-1, 1.5, "2", None])
+def test_checkpoint_blocks_that_is_no_whole_number_is_refused(every: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"checkpoint_blocks={every!r} is not a whole number >= 0; use")):
+        hybrid(checkpoint_blocks=every)
 
 
 def test_checkpointed_blocks_are_not_given_states_they_would_need_again(tokens: Tensor) -> None:

@@ -305,23 +305,35 @@ def test_21_time_grows_linearly_and_leaves_the_loop_far_behind():
         assert seconds(lambda: reference.neural_memory(**long, chunk_size=64), 1) > 10 * ours
 
 
+def kept_for_the_backward_pass(time: int) -> int:
+    """Numbers that the op keeps."""
+    storages: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
+        return x
+
+    case = tree_map(lambda x: x.requires_grad_(), without(make_case(time=time), "base", "anchor"))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        result = neural_memory(**case, chunk_size=8)
+    assert result[0].requires_grad
+    return sum(storages.values())
+
+
 def test_21_memory_kept_for_the_backward_pass_grows_linearly():
-    def kept(time: int) -> int:
-        storages: dict[int, int] = {}
-
-        def keep(x: Tensor) -> Tensor:
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        case = tree_map(lambda x: x.requires_grad_(), without(make_case(time=time), "base", "anchor"))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            result = neural_memory(**case, chunk_size=8)
-        assert result[0].requires_grad
-        return sum(storages.values())
-
-    sizes = [kept(n) for n in (64, 128, 256)]
+    sizes = [kept_for_the_backward_pass(n) for n in (64, 128, 256)]
     assert sizes[0] > 0
     assert sizes[2] - sizes[1] <= 2.1 * (sizes[1] - sizes[0])
+
+
+def test_21_a_chunk_keeps_its_inputs_its_states_and_results_of_products():
+    rows, C, d, h = 4, 8, 3, 5
+    inputs = C * (3 * d + C + 4) + 4  # q, k, v, the table, shares of the blocks, of the tokens in them, transition
+    tables = 2 * (C + 1) * (C + 2) + 2 * C
+    states = 2 * 2 * d * h
+    products = C * (3 * h + d + 2 * C + 2 * d)  # hidden layers of keys, errors, queries; last errors; scores; reads
+    a_chunk = (kept_for_the_backward_pass(128) - kept_for_the_backward_pass(64)) / 8
+    assert a_chunk == rows * (inputs + tables + states + products)
 
 
 # What it reports, and refuses.

@@ -133,6 +133,7 @@ def test_cases_are_chosen_by_group_and_by_name(bench):
     assert chosen("mac", "neural_memory_step") == [
         "neural_memory_step",
         "titans_mac_train",
+        "titans_mac_train_memory",
         "titans_mac_decode",
         "titans_mac_decode_compiled",
     ]
@@ -216,8 +217,9 @@ def small_cases(bench, setting):
         "family": bench.recurrence.family(32, 2, 8),
         "mixture": bench.recurrence.mixture(32, 2, 8),
         "train": bench.titans_mac.cases(setting, batch=1, time=24)[0],
-        "decode": bench.titans_mac.cases(setting, prompt=16, new=10)[1],
-        "decode_compiled": bench.titans_mac.cases(setting, prompt=16, new=3, backend="eager")[2],
+        "train_memory": bench.titans_mac.cases(setting, batch=1, time=24)[1],
+        "decode": bench.titans_mac.cases(setting, prompt=16, new=10)[2],
+        "decode_compiled": bench.titans_mac.cases(setting, prompt=16, new=3, backend="eager")[3],
         "cuda_1": bench.cuda.cases(1, 16, 2, head_dim=8, chunk=8, device="cpu", backend="eager")[0],
         "cuda_2": bench.cuda.cases(1, 16, 2, head_dim=8, chunk=8, device="cpu", backend="eager")[1],
     }
@@ -227,7 +229,8 @@ def small_cases(bench, setting):
 @pytest.mark.parametrize(
     "name",
     [
-        *["online", "depth", "checkpoint", "delta_rule", "family", "mixture", "train", "decode", "cuda_1"],
+        *["online", "depth", "checkpoint", "delta_rule", "family", "mixture"],
+        *["train", "train_memory", "decode", "cuda_1"],
         pytest.param("decode_compiled", marks=pytest.mark.slow),  # CompiledStep and the rest are tested elsewhere
         pytest.param("cuda_2", marks=pytest.mark.slow),  # compiles what cuda_1 does, of a deeper memory
     ],
