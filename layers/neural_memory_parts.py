@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from memzoo.layers.errors import check_choice, check_divisible, check_positive
 from memzoo.layers.ops.activations import ACTIVATIONS
 from memzoo.layers.ops.backend import check_backend
+from memzoo.layers.ops.elementwise import unit_norm
 from memzoo.layers.ops.memory_arguments import Weights
 from memzoo.layers.ops.neural_memory_triton import BACKENDS, check_triton
 from memzoo.layers.ops.precision import no_autocast
@@ -184,4 +185,4 @@ def delay(k: Tensor, last: Tensor | None, lengths: Tensor | None) -> tuple[Tenso
 
 def unit(x: Tensor) -> Tensor:
     """Scale to unit length. Below 1e-4, a norm that float16 still holds, shrink: zeros have a tame gradient."""
-    return F.normalize(x, dim=-1, eps=1e-4)
+    return unit_norm(x, 1e-4)

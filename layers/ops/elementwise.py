@@ -34,6 +34,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _apply(_RMSNorm, x, weight, eps)
 
 
+def unit_norm(x: Tensor, least: float) -> Tensor:
+    """Scale the last axis to unit length, ``x / max(|x|, least)``, as ``F.normalize`` does.
+
+    Args:
+        x: Vectors.
+        least: Shorter ones are divided by this, not by their length.
+
+    Shape:
+        x: (..., width). Returns the same.
+    """
+    if _is_watched():
+        return F.normalize(x, dim=-1, eps=least)
+    return _apply(_UnitNorm, x, least)
+
+
 def silu_product(gate: Tensor, x: Tensor) -> Tensor:
     """Return ``silu(gate) * x``; other shapes or dtypes than equal ones follow the rules of a product.
 
@@ -121,6 +136,30 @@ def _inverse_root(x: Tensor, eps: float) -> Tensor:
 def _plain_inverse_root(x: Tensor, eps: float) -> Tensor:
     """The same with all derivatives where x is zero, which a norm has not."""
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class _UnitNorm(torch.autograd.Function):
+    """With ``r = 1 / max(|x|, least)`` and the output's gradient ``g``, that of x is ``r g - r^3 (g . x) x``.
+
+    The second term is of vectors that are no shorter than ``least``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, least: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        ctx.save_for_backward(x, length)
+        ctx.least = least
+        y: Tensor = x / length.clamp_min(least)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, length = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to differentiate once more
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = length.clamp_min(ctx.least).reciprocal()
+        along = torch.where(length >= ctx.least, (grad * x).sum(-1, keepdim=True) * scale**3, 0)
+        return torch.addcmul(grad * scale, x, along, value=-1), None
 
 
 class _SiluProduct(torch.autograd.Function):

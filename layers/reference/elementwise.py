@@ -17,6 +17,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.stack(rows).reshape(x.shape)
 
 
+def unit_norm(x: Tensor, least: float) -> Tensor:
+    """Scale every vector to unit length, ``x / max(|x|, least)``.
+
+    Shape:
+        x: (..., width). Returns the same.
+    """
+    rows = []
+    for vector in x.reshape(-1, x.shape[-1]):
+        length = (vector * vector).sum().sqrt()
+        rows.append(vector / torch.where(length > least, length, least))
+    return torch.stack(rows).reshape(x.shape)
+
+
 def silu_product(gate: Tensor, x: Tensor) -> Tensor:
     """Gate every token, ``gate / (1 + exp(-gate)) * x``.
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from memzoo.layers.ops.elementwise import rms_norm, rotate_halves, silu_product
+from memzoo.layers.ops.elementwise import rms_norm, rotate_halves, silu_product, unit_norm
 from memzoo.layers.reference import elementwise as reference
 
 EPS = 1e-6
+LEAST = 1.7  # of the vectors drawn here some are shorter
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -20,6 +21,14 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def rotation(x: Tensor, angle: Tensor) -> Tensor:
     return rotate_halves(x, angle.cos(), angle.sin())
+
+
+def unit(x: Tensor, _: Tensor) -> Tensor:
+    return unit_norm(x, LEAST)
+
+
+def loop_unit(x: Tensor, _: Tensor) -> Tensor:
+    return reference.unit_norm(x, LEAST)
 
 
 def loop_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -42,13 +51,15 @@ CASES = {
     "product of other shapes": (silu_product, reference.silu_product, draw(2, 3, 4), draw(4)),
     "rotation": (rotation, loop_rotation, draw(2, 3, 2, 4), draw(3, 1, 2)),
     "rotation of rows": (rotation, loop_rotation, draw(2, 3, 2, 4), draw(2, 3, 1, 2)),
+    "unit length": (unit, loop_unit, draw(2, 3, 4), draw(4)),
 }
+WITHOUT_GRADIENT = (rotation, unit)  # in what they are given second
 all_cases = pytest.mark.parametrize(("function", "loop", "x", "other"), CASES.values(), ids=CASES)
 
 
 def leaves(function: Function, x: Tensor, other: Tensor) -> list[Tensor]:
-    """Copies to differentiate by; angles are not."""
-    return [x.clone().requires_grad_(), other.clone().requires_grad_(function is not rotation)]
+    """Copies to differentiate by."""
+    return [x.clone().requires_grad_(), other.clone().requires_grad_(function not in WITHOUT_GRADIENT)]
 
 
 @all_cases
@@ -115,12 +126,11 @@ def test_what_needs_no_gradient_gets_none(function: Function, loop: Function, x:
         torch.testing.assert_close(alone, torch.autograd.grad(loop(x, second).sum(), second)[0])
 
 
-@pytest.mark.parametrize("function", [norm, silu_product, rotation])
+@pytest.mark.parametrize("function", [norm, silu_product, rotation, unit])
 def test_only_what_was_given_is_kept(function: Function) -> None:
     x = draw(2, 64, 32).requires_grad_()
-    other = {norm: draw(32), silu_product: draw(2, 64, 32), rotation: draw(64, 16)}[function].requires_grad_(
-        function is not rotation
-    )
+    other = {norm: draw(32), silu_product: draw(2, 64, 32), rotation: draw(64, 16), unit: draw(1)}[function]
+    other.requires_grad_(function not in WITHOUT_GRADIENT)
     given, more = {x.data_ptr(), other.data_ptr()}, 0
 
     def pack(kept: Tensor) -> Tensor:
@@ -130,13 +140,24 @@ def test_only_what_was_given_is_kept(function: Function) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         function(x, other)
-    assert more <= {norm: 2 * 64, silu_product: 0, rotation: 2 * 64 * 16}[function]
+    assert more <= {norm: 2 * 64, silu_product: 0, rotation: 2 * 64 * 16, unit: 2 * 64}[function]
 
 
 def test_a_token_of_zeros_has_a_finite_gradient() -> None:
     x = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
     rms_norm(x, torch.ones(4, dtype=torch.float64), EPS).sum().backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, EPS**-0.5))
+
+
+def test_short_vectors_are_divided_by_the_least_length() -> None:
+    x = torch.zeros(2, 4, dtype=torch.float64)
+    x[1, 0] = 1e-5
+    x.requires_grad_()
+    y = unit_norm(x, 1e-4)
+    torch.testing.assert_close(y, x * 1e4)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1e4))
+    assert torch.equal(y, F.normalize(x, dim=-1, eps=1e-4))
 
 
 def test_a_token_of_zeros_has_its_third_derivative() -> None:
