@@ -1,8 +1,9 @@
 """A neural memory's scan as one Triton kernel forward and one backward, on GPUs of NVIDIA and AMD.
 
-The torch backend runs 44 operations a chunk and 103 backward, each of them short, so that with chunks of 64 tokens a
-GPU has to wait for its host. Here a row, a head of a sequence, is one program that goes through its chunks. It covers
-what models are trained with: a memory of two layers, calls of whole chunks; ``check_triton`` says what it does not.
+The torch backend runs dozens of operations a chunk, over a hundred backward, each of them short, so that with chunks of
+64 tokens a GPU has to wait for its host. Here a row, a head of a sequence, is one program that goes through its chunks.
+It covers what models are trained with: a memory of two layers, calls of whole chunks. ``check_triton`` says what it
+does not.
 """
 
 from collections.abc import Sequence

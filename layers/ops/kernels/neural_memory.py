@@ -1,6 +1,6 @@
 """Triton kernel of a neural memory's scan, forward: a program a row, which goes through all of its chunks.
 
-What ``memzoo.layers.ops.neural_memory_chunk`` says in 44 operations a chunk, and 103 backward, is one kernel each here.
+What ``memzoo.layers.ops.neural_memory_chunk`` says in dozens of operations, forward and backward, is a kernel each.
 Notation is that module's, with W the weights at the start of the chunk, U and S its carried blocks (U is W minus the
 anchor), each of two layers. The hidden layer is taken ``B`` units at a time, so that registers can hold most of what a
 program works on; errors and scores are sums over these parts, and what needs such a sum waits for the next pass over
