@@ -106,6 +106,18 @@ def test_values_have_the_same_bits_where_something_looks_inside(
 
 
 @all_cases
+def test_values_have_the_same_bits_without_gradients(
+    function: Function, loop: Function, x: Tensor, other: Tensor
+) -> None:
+    expected = function(*leaves(function, x, other))
+    with torch.no_grad():
+        values = function(*leaves(function, x, other))
+    assert torch.equal(values, expected)
+    assert not values.requires_grad
+    assert expected.requires_grad
+
+
+@all_cases
 def test_forward_mode_derivatives(function: Function, loop: Function, x: Tensor, other: Tensor) -> None:
     tangent = x.flip(-1)
     _, expected = torch.func.jvp(lambda x: loop(x, other), (x,), (tangent,))
