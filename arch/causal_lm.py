@@ -35,8 +35,8 @@ class CausalLM(nn.Module):
     Weights start as in GPT-2. Embedding, head and plain projections (every ``nn.Linear`` without a bias) are drawn with
     a standard deviation of 0.02. Those that write to the residual stream (layers call that one ``out`` or ``down``, or
     name theirs in ``residual_outputs()``) have that over ``sqrt(number of residual branches)``, and a bias of zero if
-    any. All else, such as gates (``nn.Linear`` with a bias), convolutions and a memory's initial weights, stays as its
-    layer drew it. Load trained weights after composing, not before.
+    any. All else, gates (``nn.Linear`` with a bias), convolutions, a memory's initial weights, stays as its layer drew
+    it. Load trained weights after composing.
 
     Args:
         vocab_size: Number of token ids.
@@ -44,8 +44,7 @@ class CausalLM(nn.Module):
         blocks: The blocks, of that width, in order. Any mix.
         tie_embeddings: Read the logits with the embedding matrix.
         checkpoint_blocks: Keep only each block's input for the backward pass and compute the rest again: less memory,
-            more time, equal gradients. A number k does so for every k-th block, the first, the one k behind it and so
-            on; True is 1.
+            more time, equal gradients. A number k does so for the first block and every k-th behind it; True is 1.
         norm: Builds the norm before the head from a width; blocks bring their own.
 
     Attributes:
@@ -57,7 +56,7 @@ class CausalLM(nn.Module):
         vocab_size) and the state.
 
     Raises:
-        ValueError: No block, or one of another width; a negative ``checkpoint_blocks``.
+        ValueError: No block, or one of another width; ``checkpoint_blocks`` is no whole number >= 0.
 
     Example:
         >>> import torch
@@ -88,9 +87,8 @@ class CausalLM(nn.Module):
         check_positive("dim", dim)
         self.name: str | None = None
         self.config: dict[str, Any] = {}
-        self.vocab_size = vocab_size
-        self.dim = dim
-        if not isinstance(checkpoint_blocks, bool):
+        self.vocab_size, self.dim = vocab_size, dim
+        if checkpoint_blocks not in (False, True):
             check_count("checkpoint_blocks", checkpoint_blocks, "use True for all blocks, k for every k-th")
         self.checkpoint_blocks = checkpoint_blocks
         self.embedding = nn.Embedding(vocab_size, dim)
@@ -385,8 +383,7 @@ def last_token(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return each row's last real token, (batch, time, width) -> (batch, 1, width)."""
     if mask is None:
         return x[:, -1:]
-    time = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, time, 0).amax(1)
+    last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), 0).amax(1)
     return x[torch.arange(len(last), device=last.device), last][:, None]
 
 

@@ -16,12 +16,12 @@ class Activation:
     Attributes:
         value: ``f(z)``.
         pull: ``g f'(z)`` of ``(g, z)``: a gradient taken back through ``f``.
-        jet: ``(f(z), f'(z), f''(z))``.
+        jet: ``(f(z), f'(z), f''(z))``, the last None where it is zero everywhere.
     """
 
     value: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor, Tensor], Tensor]
-    jet: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    jet: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
 
 
 def _silu_jet(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,11 +46,11 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(
         F.relu,
         lambda g, z: torch.ops.aten.threshold_backward(g, z, 0),
-        lambda z: (F.relu(z), (z > 0).to(z.dtype), torch.zeros_like(z)),
+        lambda z: (F.relu(z), (z > 0).to(z.dtype), None),
     ),
     "identity": Activation(
         lambda z: z,
         lambda g, _: g,
-        lambda z: (z, torch.ones_like(z), torch.zeros_like(z)),
+        lambda z: (z, torch.ones_like(z), None),
     ),
 }

@@ -147,7 +147,7 @@ def _plain_inverse_root(x: Tensor, eps: float) -> Tensor:
 
 
 class _UnitNorm(torch.autograd.Function):
-    """With ``r = 1 / max(|x|, least)`` and the output's gradient ``g``, that of x is ``r g - r^3 (g . x) x``.
+    """With ``l = max(|x|, least)``, ``y = x / l`` and its gradient ``g``, that of x is ``(g - (g . y) y) / l``.
 
     The second term is of vectors that are no shorter than ``least``.
     """
@@ -165,9 +165,10 @@ class _UnitNorm(torch.autograd.Function):
         x, length = ctx.saved_tensors
         if torch.is_grad_enabled():  # to differentiate once more
             length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = length.clamp_min(ctx.least).reciprocal()
-        along = torch.where(length >= ctx.least, (grad * x).sum(-1, keepdim=True) * scale**3, 0)
-        return torch.addcmul(grad * scale, x, along, value=-1), None
+        divisor = length.clamp_min(ctx.least)
+        y = x / divisor
+        along = torch.where(length >= ctx.least, (grad * y).sum(-1, keepdim=True), 0)
+        return torch.addcmul(grad, y, along, value=-1) / divisor, None
 
 
 class _SiluProduct(torch.autograd.Function):

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memzoo.layers.ops.backend import is_installed
+from memzoo.layers.ops.once_differentiable import once_differentiable
 from memzoo.layers.ops.segment_grid import chunk_length
 
 SCAN_EXTENSION = "selective_scan_cuda"

@@ -243,7 +243,7 @@ def chunk_backward(
     fn = ACTIVATIONS[settings.activation]
     last = settings.depth - 1
     x, first, second = _keys_again(inputs.k, fn, work.z)
-    d = [e * slope for e, slope in zip(work.e, first, strict=True)]
+    d = [fn.pull(e, z) for e, z in zip(work.e, work.z, strict=True)]
     d = [*(clip_errors(d_i, work.clip[0]) for d_i in d), *work.d] if work.clip else d + work.d
 
     # The new carry: transition carry + x^T diag(write) d.
@@ -311,7 +311,8 @@ def chunk_backward(
     d_z = []
     for i in range(last):
         d_e = d_d[i] * first[i]
-        d_z.append(d_d[i].mul_(work.e[i]).mul_(second[i]))
+        curve = second[i]  # at an infinite error there may be none
+        d_z.append(d_d[i].zero_() if curve is None else d_d[i].mul_(work.e[i]).mul_(curve))
         d_d[i + 1].baddbmm_(d_e, weights[i + 1])
         d_weights[i + 1].baddbmm_(d_e.mT, d[i + 1])
     if settings.loss_scale != 1:
@@ -333,7 +334,7 @@ def chunk_backward(
     return [t for block in d_carry for t in block] + (d_weights if base else []) + d_anchor + d_norm
 
 
-def _keys_again(k: Tensor, fn: Activation, z: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _keys_again(k: Tensor, fn: Activation, z: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
     """Return the layers' inputs for the keys, and both derivatives of the activations between them."""
     jets = [fn.jet(z_i) for z_i in z]
     return [k, *(jet[0] for jet in jets)], [jet[1] for jet in jets], [jet[2] for jet in jets]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memzoo.layers.ops.neural_memory_chunk import (
     ChunkInputs,
@@ -20,6 +19,7 @@ from memzoo.layers.ops.neural_memory_chunk import (
     chunk_backward,
     chunk_forward,
 )
+from memzoo.layers.ops.once_differentiable import once_differentiable
 from memzoo.layers.ops.precision import no_autocast
 
 NUM_INPUTS = len(fields(ChunkInputs))

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memzoo.layers.errors import check_choice, check_positive
 from memzoo.layers.ops.chunk_grid import ChunkGrid
@@ -32,6 +31,7 @@ from memzoo.layers.ops.memory_arguments import (
     working_dtype,
 )
 from memzoo.layers.ops.neural_memory_tables import GateTables, gate_tables
+from memzoo.layers.ops.once_differentiable import once_differentiable
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.trace import Trace
 

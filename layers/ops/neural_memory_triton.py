@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memzoo.layers.ops.neural_memory_chunk import ChunkInputs, ChunkSettings, Tensors
+from memzoo.layers.ops.once_differentiable import once_differentiable
 
 NUM_INPUTS = len(fields(ChunkInputs))
 BACKENDS = ("torch", "triton")

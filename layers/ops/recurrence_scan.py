@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memzoo.layers.ops.chunk_decay import ChunkDecay
+from memzoo.layers.ops.once_differentiable import once_differentiable
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.ops.segment_grid import slices
 from memzoo.layers.ops.unit_triangular import inverse_of_unit_lower

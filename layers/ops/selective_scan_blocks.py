@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from memzoo.layers.ops.once_differentiable import once_differentiable
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.ops.segment_grid import slices
 

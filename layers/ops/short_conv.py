@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice
 from memzoo.layers.ops.backend import check_backend
 from memzoo.layers.ops.mamba_kernels import choose_conv, conv_by_kernel
+from memzoo.layers.ops.once_differentiable import once_differentiable
 from memzoo.layers.ops.segment_grid import check_ragged
 
 BACKENDS = ("torch", "causal_conv1d")
@@ -101,6 +101,7 @@ class _Filter(torch.autograd.Function):
         taps = weight.mT.contiguous()
         batch, slots, channels = padded.shape
         dtype = torch.promote_types(padded.dtype, weight.dtype)
+        dtype = dtype if bias is None else torch.promote_types(dtype, bias.dtype)
         y = padded.new_empty(batch, slots - len(taps) + 1, channels, dtype=dtype)
         for start, stop in _blocks(y):
             own = y[:, start:stop]
@@ -110,13 +111,14 @@ class _Filter(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         padded, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to differentiate once more
+            return *_plain_gradients(padded, weight, bias, ctx.activation, d_y), None
         taps = weight.mT.contiguous()
-        reach = len(taps) - 1
-        d_padded, d_taps = padded.new_empty(padded.shape, dtype=d_y.dtype), taps.new_zeros(taps.shape, dtype=d_y.dtype)
-        d_bias = None if bias is None else torch.zeros_like(bias)
+        reach, total = len(taps) - 1, torch.promote_types(d_y.dtype, torch.float32)
+        d_padded, d_taps = padded.new_empty(padded.shape, dtype=d_y.dtype), taps.new_zeros(taps.shape, dtype=total)
+        d_bias = None if bias is None else bias.new_zeros(bias.shape, dtype=total)
         d_padded[:, :reach] = 0
         for start, stop in _blocks(d_y):
             here = slice(start, stop + reach)
@@ -126,10 +128,26 @@ class _Filter(torch.autograd.Function):
                 _add_taps(z, given, taps, bias)
                 own = torch.ops.aten.silu_backward(own, z)
             if d_bias is not None:
-                d_bias += own.sum((0, 1))
+                d_bias += own.sum((0, 1), dtype=total)
             d_padded[:, start + reach : stop + reach] = 0
             _add_taps_backward(own, given, taps, d_padded[:, here], d_taps)
+        d_bias = None if bias is None or d_bias is None else d_bias.to(bias.dtype)
         return d_padded.to(padded.dtype), d_taps.mT.to(weight.dtype), d_bias, None
+
+
+def _plain_gradients(
+    padded: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, d_y: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients of ``_Filter``'s tensors by operators that have gradients themselves."""
+    time = d_y.shape[1]
+    shifted = [padded[:, i : i + time].to(d_y.dtype) for i in range(weight.shape[1])]
+    y = (torch.stack(shifted, -1) * weight).sum(-1)
+    y = y if bias is None else y + bias
+    y = F.silu(y) if activation == "silu" else y
+    given = [padded, weight, bias]
+    wanted = [t for t in given if t is not None and t.requires_grad]
+    grads = iter(torch.autograd.grad(y, wanted, d_y, create_graph=True))
+    return [next(grads) if t is not None and t.requires_grad else None for t in given]
 
 
 def _add_taps(y: Tensor, padded: Tensor, taps: Tensor, bias: Tensor | None = None) -> None:
@@ -147,7 +165,7 @@ def _add_taps_backward(d_y: Tensor, padded: Tensor, taps: Tensor, d_padded: Tens
     time = d_y.shape[1]
     for i in range(len(taps)):
         d_padded[:, i : i + time].addcmul_(d_y, taps[i])
-        d_taps[i] += (d_y * padded[:, i : i + time]).sum((0, 1))
+        d_taps[i] += (d_y * padded[:, i : i + time]).sum((0, 1), dtype=d_taps.dtype)
 
 
 def _blocks(x: Tensor) -> list[tuple[int, int]]:
@@ -222,14 +240,15 @@ class _FilterSegments(torch.autograd.Function):
         taps, tokens = weight.mT.contiguous(), len(x)
         reach = len(taps) - 1
         inner = d_y.new_ones(tokens + 1, 1).index_fill_(0, head.flatten(), 0)  # outputs that were not replaced
-        d_x, d_taps = d_y.new_zeros(tokens + 1, x.shape[1]), taps.new_zeros(taps.shape, dtype=d_y.dtype)
+        total = torch.promote_types(d_y.dtype, torch.float32)
+        d_x, d_taps = d_y.new_zeros(tokens + 1, x.shape[1]), taps.new_zeros(taps.shape, dtype=total)
         for start, stop in _blocks(d_y[None]):
             own = d_y[start:stop] * inner[start:stop]
             for shift in range(min(reach, stop - 1) + 1):
                 first = max(start, shift)
                 part, here = own[first - start :], slice(first - shift, stop - shift)
                 d_x[here].addcmul_(part, taps[reach - shift])
-                d_taps[reach - shift] += (part * x[here]).sum(0)
+                d_taps[reach - shift] += (part * x[here]).sum(0, dtype=total)
         d_fixed = d_y.index_select(0, head.clamp_max(tokens - 1).flatten()).unflatten(0, real.shape)
         d_row = torch.zeros_like(row)
         _add_taps_backward(d_fixed * real[..., None], row, taps, d_row, d_taps)

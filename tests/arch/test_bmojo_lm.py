@@ -289,9 +289,10 @@ def test_what_a_state_has_in_the_store_is_forgotten_by_every_layer() -> None:
         model.forget(kept)
 
 
-def test_blocks_that_are_computed_twice_would_store_twice() -> None:
-    model = small(checkpoint_blocks=True)
-    with pytest.raises(ValueError, match="checkpoint_blocks=True computes blocks twice"):
+@pytest.mark.parametrize("every", [True, 2])
+def test_blocks_that_are_computed_twice_would_store_twice(every: bool | int) -> None:
+    model = small(checkpoint_blocks=every)
+    with pytest.raises(ValueError, match=f"checkpoint_blocks={every} computes blocks twice"):
         model.use_store(HostStore())
     model.use_store(None)
 

@@ -155,8 +155,8 @@ def test_losses_are_means_over_the_blocks_and_statistics_are_of_every_cell(check
         ({"num_slots": 1}, "num_slots=1"),
         ({"navigation_dim": 0}, "navigation_dim=0"),
         (
-            {"cell": {"write_back": "reference"}, "checkpoint_blocks": True},
-            r"checkpoint_blocks=True would write twice with cell\['write_back'\]='reference'.*write_back='deferred'",
+            {"cell": {"write_back": "reference"}, "checkpoint_blocks": 2},
+            r"checkpoint_blocks=2 would write twice with cell\['write_back'\]='reference'.*write_back='deferred'",
         ),
     ],
 )

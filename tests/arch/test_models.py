@@ -218,6 +218,13 @@ def test_options_arrive_at_the_layers(
     assert model.checkpoint_blocks
 
 
+@pytest.mark.parametrize("name", list_models("*_tiny"))
+def test_how_many_blocks_are_computed_again_arrives(name: str) -> None:
+    assert "checkpoint_blocks" in inspect.signature(model_entry(name).architecture).parameters
+    with torch.device("meta"):
+        assert create_model(name, checkpoint_blocks=2).checkpoint_blocks == 2
+
+
 MEMORY = {"chunk_size": 8, "momentum": False}
 PLACED = {"num_persistent_tokens": 3, "num_heads": 4, "head_dim": 16, "rotary_base": None, "qk_norm": True}
 OWN = {

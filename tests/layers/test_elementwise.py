@@ -172,6 +172,16 @@ def test_short_vectors_are_divided_by_the_least_length() -> None:
     assert torch.equal(y, F.normalize(x, dim=-1, eps=1e-4))
 
 
+@pytest.mark.parametrize("length", [1e-3, 2e-2, 1.0, 4e2, 1e4])
+def test_unit_vectors_have_gradients_in_float16(length: float) -> None:
+    x = (F.normalize(draw(8, 16), dim=-1) * length).half().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    grad = draw(8, 16).flip(0).half()
+    (ours,) = torch.autograd.grad(unit_norm(x, 1e-4), x, grad)
+    (expected,) = torch.autograd.grad(unit_norm(exact, 1e-4), exact, grad.double())
+    assert (ours.double() - expected).norm() < 0.01 * expected.norm()
+
+
 def test_a_token_of_zeros_has_its_third_derivative() -> None:
     x, weight = torch.zeros(1, 3, dtype=torch.float64), draw(3)
 

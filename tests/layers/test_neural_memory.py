@@ -233,12 +233,30 @@ def test_03_a_token_whose_gradient_overflows_writes_nothing_and_spoils_no_gradie
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_03_second_derivatives_are_refused_rather_than_wrong(depth):
+@pytest.mark.parametrize("objective", [torch.sum, torch.norm])
+def test_03_second_derivatives_are_refused_rather_than_wrong(depth, objective):
     case = tree_map(lambda x: x.requires_grad_(), make_case(depth=depth, time=5))
     y, _, _ = neural_memory(**case, chunk_size=3, activation="relu")
-    (g,) = torch.autograd.grad(y.square().sum(), case["k"], create_graph=True)
+    (g,) = torch.autograd.grad(objective(y), case["k"], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        g.square().sum().backward()
+        (g.square().sum() + y.sum()).backward()
+
+
+@pytest.mark.parametrize("scale", [1e14, 1e30])
+def test_03_an_infinite_error_at_a_unit_that_is_off_spoils_no_gradient(scale):
+    case = tree_map(Tensor.float, without(make_case(batch=1, heads=1, time=3, dim=2, hidden=2), "base", "anchor"))
+    first, second = case["weights"]
+    first[0, 0] = torch.tensor([[0.5, -3.0], [0.2, -0.3]])
+    second[0, 0, 1, 0] = 3e38 / scale
+    case["k"][0, :, 0], case["v"][0, 0, 0, 0] = torch.tensor([1.0, 0.0]), scale * 1e4
+    results = []
+    for run in (neural_memory, reference.neural_memory):
+        leaves = tree_map(lambda x: x.clone().requires_grad_(), case)
+        _, weights, _ = run(**leaves, chunk_size=3, activation="relu", max_gradient_norm=1.0)
+        results.append((weights[0], *torch.autograd.grad(weights[0].sum(), (leaves["k"], leaves["weights"][0]))))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_04_no_output_depends_on_a_later_token():

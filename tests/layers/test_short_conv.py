@@ -11,6 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from memzoo.layers import ShortConv, ShortConvState
+from memzoo.layers.ops import short_conv as op_module
 from memzoo.layers.ops.short_conv import short_conv
 from memzoo.layers.reference import short_conv as loop
 
@@ -160,6 +161,45 @@ def test_segments_compile_whole_and_for_any_borders():
         ours, theirs = (f(x, conv.initial_state(2), cu_seqlens=cu_seqlens) for f in (compiled, conv))
         torch.testing.assert_close(ours[0], theirs[0])
         assert torch.equal(ours[1].tail, theirs[1].tail)
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_blocks_of_time_equal_the_loop(bias, activation, monkeypatch):
+    monkeypatch.setattr(op_module, "BLOCK", 1)  # the least there is, 16 tokens
+    inputs = [randn(2, 37, 3), randn(3, 4), *([randn(3)] if bias else []), randn(2, 3, 3)]
+    results = []
+    for op in (short_conv, loop.short_conv):
+        x, weight, *b, state = inputs
+        y, tail = op(x, weight, b[0] if b else None, state, activation=activation)
+        probe = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        results.append((y, tail, *torch.autograd.grad((y * probe).sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_it_can_be_differentiated_twice(activation):
+    inputs = randn(2, 5, 2), randn(2, 3), randn(2), randn(2, 2, 2)
+    assert torch.autograd.gradgradcheck(lambda *t: short_conv(*t, activation=activation)[0], inputs)
+    x, weight, *_ = inputs
+    y, _ = short_conv(x, weight, activation=activation)
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    ours = torch.autograd.grad(g.square().sum(), weight)
+    (g,) = torch.autograd.grad(loop.short_conv(x, weight, activation=activation)[0].sum(), x, create_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(g.square().sum(), weight))
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_taps_and_bias_are_summed_in_float32(bias_dtype):
+    drawn = [randn(4, 4096, 8), randn(8, 4), randn(8)]
+    exact = [t.detach().bfloat16().double().requires_grad_() for t in drawn]
+    ours = [t.detach().to(dtype) for t, dtype in zip(exact, (torch.bfloat16, torch.bfloat16, bias_dtype), strict=True)]
+    grads = []
+    for inputs in (exact, [t.requires_grad_() for t in ours]):
+        y, _ = short_conv(*inputs)
+        grads.append(torch.autograd.grad(y.sum(), inputs))
+    for mine, expected in zip(*reversed(grads), strict=True):
+        assert (mine.double() - expected).norm() < 0.01 * expected.norm()
 
 
 def test_the_tail_is_the_last_inputs_with_zeros_before_the_first():

@@ -22,7 +22,7 @@ def test_the_checkpoint_of_a_fit_reads_a_book_and_draws_what_the_memory_gained(
     data = ["--data.paths", "text.txt", "--data.books", "book.txt", "--data.cache_dir", "cache"]
     data += ["--data.sequence_length", "64", "--data.batch_size", "2", "--data.held_out", "1"]
     data += ["--model.overrides", "{dim: 32, depth: 2, num_heads: 2, hidden_dim: 48}"]
-    steps = ["--trainer.max_steps=175", "--trainer.limit_val_batches=1"]  # up to the first checkpoint
+    steps = ["--trainer.max_steps=125", "--trainer.limit_val_batches=1"]  # up to the first checkpoint
     assert main(["fit", "--config", "locas/stream_tiny.yaml", *data, *steps]) == 0
     [checkpoint] = folder.rglob("last.ckpt")
     chosen = ["--ckpt_path", str(checkpoint), "--data.chunk_length", "64", "--data.window", "128"]
