@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import function
 
+Gradients = tuple[Tensor | None, ...]
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+
+def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """Mark a backward pass as one that a second derivative cannot go through: it raises ``RuntimeError`` there.
 
     PyTorch's decorator of this name refuses only where the incoming gradients depend on something. The gradients of a
@@ -18,18 +20,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     refusing = function.once_differentiable(backward)
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Any) -> Any:
+    def wrapper(ctx: Any, *grads: Any) -> Gradients:
         if torch.compiler.is_compiling():
             return backward(ctx, *grads)
-        results = refusing(ctx, *grads)
+        gradients: Gradients = refusing(ctx, *grads)
         if not torch.is_grad_enabled():
-            return results
-        several = isinstance(results, tuple)
-        gradients = results if several else (results,)
-        tensors = [g for g in gradients if isinstance(g, Tensor)]
-        marked = iter(_Refused.apply(torch.empty(0, requires_grad=True), *tensors))
-        gradients = tuple(next(marked) if isinstance(g, Tensor) else g for g in gradients)
-        return gradients if several else gradients[0]
+            return gradients
+        marked = iter(_Refused.apply(torch.empty(0, requires_grad=True), *(g for g in gradients if g is not None)))
+        return tuple(None if g is None else next(marked) for g in gradients)
 
     return wrapper
 
