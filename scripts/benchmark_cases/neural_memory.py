@@ -236,7 +236,7 @@ CASES = [
         "thirds of it and take two thirds of a call: between them a chunk passes 20 times forward and 84 times "
         "backward over tensors of up to 1 MB, with what else is in use more than a core's cache of 1 MB holds. "
         "Were all products as fast as alone, 70% would still leave less time than these passes take. Groups of 8 "
-        "rows in place of 32 would fit, and cost more in dispatch than they save. torch.compile, which fuses the "
+        "rows in place of 32 would fit, and cost in dispatch what they save. torch.compile, which fuses the "
         "passes, took minutes for a step that was no faster.",
         targets={EXACT_SHORT: 1.0, CHUNKED: 1.0, DEFAULT: 1.0},
         least_share=0.7,
