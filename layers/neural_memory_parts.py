@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from memzoo.layers.errors import check_choice, check_divisible, check_positive
 from memzoo.layers.ops.activations import ACTIVATIONS
 from memzoo.layers.ops.backend import check_backend
+from memzoo.layers.ops.cpp_library import require_compiler
 from memzoo.layers.ops.elementwise import unit_norm
 from memzoo.layers.ops.memory_arguments import Weights
-from memzoo.layers.ops.neural_memory_triton import BACKENDS, check_triton
+from memzoo.layers.ops.neural_memory_fused import BACKENDS, check_fused
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.short_conv import ShortConvState
 from memzoo.layers.state import MixerState
@@ -103,6 +104,8 @@ def check_options(
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("read", read, ("post", "pre"))
     check_backend(backend, BACKENDS)
+    if backend == "cpp":
+        require_compiler()
     for name, value in (
         ("max_learning_rate", max_learning_rate),
         ("loss_scale", loss_scale),
@@ -125,15 +128,15 @@ def check_options(
             f"checkpoint_chunks={checkpoint_chunks} is for the chunk form; a linear memory with chunk_size=1 is "
             f"solved in blocks and keeps little as it is: use None"
         )
-    if backend == "triton":
-        check_triton(
-            memory_depth=memory_depth,
-            residual_norm=residual_norm,
-            checkpoint_chunks=checkpoint_chunks,
-            head_dim=head_dim,
-            hidden_width=hidden_width(head_dim, memory_expansion),
-            chunk_size=chunk_size,
-        )
+    check_fused(
+        backend,
+        memory_depth=memory_depth,
+        residual_norm=residual_norm,
+        checkpoint_chunks=checkpoint_chunks,
+        head_dim=head_dim,
+        hidden_width=hidden_width(head_dim, memory_expansion),
+        chunk_size=chunk_size,
+    )
     if implicit_step and (chunk_size, memory_depth, residual_norm) != (1, 1, False):
         raise ValueError(
             "implicit_step=True has a closed form for a linear memory written token by token only; use "

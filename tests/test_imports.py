@@ -31,7 +31,7 @@ ALLOWED = {
 }
 # Optional libraries, imported inside the function that was asked for them.
 LAZY = {
-    "layers/ops": {"flash_attn", "fla", "mamba_ssm", "causal_conv1d"},
+    "layers/ops": {"flash_attn", "fla", "mamba_ssm", "causal_conv1d", "filelock"},
     "layers/banks": {"filelock", "safetensors", "xxhash"},
     "layers/stores": {"filelock"},
     "layers": {"safetensors", "sentence_transformers", "sklearn"},

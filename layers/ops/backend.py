@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
+from typing import NoReturn
 
 import torch
 
@@ -41,6 +42,15 @@ def check_backend(backend: str, available: Iterable[str]) -> None:
             f"backend={backend!r} needs the package {LIBRARIES[backend]}, which is not installed; "
             f"pip install 'memzoo[cuda]', or use backend='auto'"
         )
+
+
+def refuse(backend: str, obstacle: str) -> NoReturn:
+    """Say what keeps a backend that was asked for from being used; ``obstacle`` ends with a remedy.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(f"backend={backend!r} does not apply: {obstacle}, or use backend='auto'")
 
 
 def report() -> dict[str, str]:

@@ -27,10 +27,10 @@ from memzoo.layers.ops.memory_arguments import (
 )
 from memzoo.layers.ops.neural_memory_chunk import ChunkSettings, base_weights
 from memzoo.layers.ops.neural_memory_chunk_scan import ChunkScan, where
+from memzoo.layers.ops.neural_memory_fused import BACKENDS, FusedScan, choose_fused
 from memzoo.layers.ops.neural_memory_norm import normalise
 from memzoo.layers.ops.neural_memory_step import neural_memory_step
 from memzoo.layers.ops.neural_memory_tables import chunk_coefficients
-from memzoo.layers.ops.neural_memory_triton import BACKENDS, FusedScan, choose_triton
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.trace import Trace
 
@@ -204,10 +204,9 @@ def neural_memory_scan(
         )
         first = tuple(w - m for w, m in zip(start, anchor, strict=True)) if anchor else start
         norm_rows = () if norm is None else tuple(t.to(dtype).repeat(batch, 1)[:, None] for t in norm)
-        fused = choose_triton(backend, settings, checkpoint_chunks, chunk_size, q, v, start[0].shape[-1])
+        backend = choose_fused(backend, settings, checkpoint_chunks, chunk_size, q, v, start[0].shape[-1])
         reads, errors, carry, last_base = _scan(
-            FusedScan if fused else ChunkScan,
-            settings,
+            replace(settings, backend=backend),
             read,
             checkpoint_chunks,
             grid,
@@ -235,7 +234,6 @@ def neural_memory_scan(
 
 
 def _scan(
-    function: type[ChunkScan | FusedScan],
     settings: ChunkSettings,
     read: str,
     group: int | None,
@@ -246,7 +244,7 @@ def _scan(
     anchor: Weights,
     norm: Weights,
 ) -> tuple[Tensor, Tensor, Weights, Weights]:
-    """Scan all chunks by ``function``, ``group`` of them at a time; return reads, errors, carry and last base."""
+    """Scan all chunks, ``group`` of them at a time; return reads, errors, carry and last base."""
     num_chunks, depth = grid.chunks, settings.depth
     q, k, v, theta, eta, alpha = inputs
     reads, errors = [], []
@@ -259,7 +257,7 @@ def _scan(
             last_base = start if reached is None else where(reached[0], start, last_base)
             settings = replace(settings, has_base=reached is not None)
         own_base = last_base if settings.has_base else ()
-        part = functools.partial(_scan_group, function, settings, read, real, reached)
+        part = functools.partial(_scan_group, settings, read, real, reached)
         if group is not None and settings.keeps_work:
             part = functools.partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
         gates = (theta[here], None if eta is None else eta[here], alpha[here])
@@ -274,7 +272,6 @@ def _scan(
 
 
 def _scan_group(
-    function: type[ChunkScan | FusedScan],
     settings: ChunkSettings,
     read: str,
     real: Tensor | None,
@@ -285,8 +282,9 @@ def _scan_group(
     gates: tuple[Tensor, Tensor | None, Tensor],
     *states: Tensor,
 ) -> Weights:
-    """Scan consecutive chunks: from gates to ``function``."""
+    """Scan consecutive chunks."""
     coefficients = chunk_coefficients(*gates, real, read)
+    function = ChunkScan if settings.backend == "torch" else FusedScan
     scanned: Weights = function.apply(settings, reached, q, k, v, *coefficients, *states)
     if not settings.has_norm:
         return scanned

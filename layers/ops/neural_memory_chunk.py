@@ -42,6 +42,7 @@ class ChunkSettings:
         has_anchor: Forgetting decays towards given weights, not towards zero.
         has_norm: A residual and a LayerNorm, whose gain and bias are given, surround the network.
         keeps_work: A backward pass may follow.
+        backend: What scans the chunks, of ``neural_memory_fused.BACKENDS``.
     """
 
     depth: int
@@ -53,6 +54,7 @@ class ChunkSettings:
     has_anchor: bool
     has_norm: bool
     keeps_work: bool
+    backend: str = "torch"
 
     def split(self, states: Tensors) -> "ChunkStates":
         """Part (*carry, *base, *anchor, *norm), each there or not."""

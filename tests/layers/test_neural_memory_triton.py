@@ -5,7 +5,6 @@ code for GPUs that are not here and says what of their shared memory it takes. W
 among it, is in the tests marked ``gpu``.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,104 +17,43 @@ from torch.nn import functional as F
 
 from memzoo.layers.neural_memory import NeuralMemory
 from memzoo.layers.ops import backend as libraries
+from memzoo.layers.ops import neural_memory_fused as fused
 from memzoo.layers.ops import neural_memory_triton as backend
 from memzoo.layers.ops.neural_memory import neural_memory, neural_memory_scan
 from memzoo.layers.ops.neural_memory_chunk import ChunkSettings
-from memzoo.layers.trace import Trace
 from tests.interpreted_triton import run_interpreted
+from tests.layers.fused_scan_cases import CASES, call, distance, prepare
 from tests.layers.neural_memory_cases import make_case
 
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="needs triton, which torch brings on Linux")
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the arguments, then the options
-    "everything": (
-        dict(batch=2, time=24, heads=1, dim=16, hidden=64),
-        dict(lengths=[9, 24], loss_scale=2.0, max_gradient_norm=0.3, keep=("momentum", "anchor")),
-    ),
-    "plain": (dict(batch=1, time=48, heads=2, dim=16, hidden=16), dict(read="pre", keep=())),
-    "no momentum": (dict(time=35, heads=1, dim=32, hidden=16), dict(activation="gelu", keep=("anchor",), eta=None)),
-    "relu": (dict(time=16, heads=1, dim=16, hidden=48), dict(activation="relu", keep=("momentum",))),
-    "identity": (dict(time=17, heads=1, dim=16, hidden=16), dict(activation="identity", keep=("momentum",))),
-    "a low limit": (dict(time=33, heads=1, dim=16, hidden=32), dict(max_gradient_norm=0.2, keep=("momentum",))),
-    "tokens that overflow": (
-        dict(time=32, heads=1, dim=16, hidden=16),
-        dict(max_gradient_norm=1.0, keep=("momentum", "anchor"), odd={"v": 1e200}),
-    ),
-    "tokens that are no numbers": (
-        dict(time=32, heads=1, dim=16, hidden=16),
-        dict(max_gradient_norm=1, keep=("momentum", "anchor"), odd={"v": float("nan")}),
-    ),
-    "a limit in whole numbers": (
-        dict(time=16, heads=1, dim=16, hidden=16),
-        dict(max_gradient_norm=50_000, loss_scale=2, keep=("momentum",)),
-    ),
-    "a row of no tokens": (dict(time=32, heads=1, dim=16, hidden=16), dict(lengths=[0, 32], keep=("momentum",))),
-}
-
-
-def call(
-    case: dict[str, Any], options: dict[str, Any], backend: str, scan: Callable[..., Any] = neural_memory_scan
-) -> list[Tensor]:
-    """Return outputs, final weights, momentum and base, gradients of a random sum of them in all arguments, errors."""
-    options = dict(options)
-    arguments = {name: case[name] for name in ("q", "k", "v", "theta", "eta", "alpha", "weights", *options.pop("keep"))}
-    arguments |= {name: options.pop(name) for name in ("eta",) if name in options}
-    given = {
-        name: tuple(w.detach().requires_grad_() for w in t) if isinstance(t, tuple) else t.detach().requires_grad_()
-        for name, t in arguments.items()
-        if t is not None
-    }
-    lengths = options.pop("lengths", None)
-    lengths = None if lengths is None else torch.tensor(lengths)
-    inputs = [w for t in given.values() for w in (t if isinstance(t, tuple) else (t,))]
-    trace = Trace()
-    y, weights, momentum, base = scan(
-        **({"eta": None} | given), **options, lengths=lengths, chunk_size=16, backend=backend, trace=trace
-    )
-    outputs = [y, *weights, *momentum, *base]
-    draw = torch.Generator().manual_seed(1)
-    total = sum((t * torch.randn(t.shape, generator=draw, dtype=t.dtype)).sum() for t in outputs)
-    return [*outputs, *torch.autograd.grad(total, inputs), trace.signals["surprise"]]
-
-
-def distance(x: Tensor, y: Tensor) -> float:
-    """Largest difference over the largest number; 1 if not the same numbers are finite."""
-    finite = y.isfinite()
-    if not torch.equal(finite, x.isfinite()):
-        return 1.0
-    x, y = x.masked_fill(~finite, 0), y.masked_fill(~finite, 0)
-    return (x - y).abs().max().item() / (1 + y.abs().max().item())
 
 
 def distances(name: str) -> list[float]:
     """Largest differences between the backends, and without gradients; for the process of the interpreter."""
-    backend._check_place = lambda q: None  # no device, and float64
+    backend.check_place = lambda q: None  # no device, and float64
     backend.precision = lambda: "ieee"
-    size, options = CASES[name]
-    case, options = make_case(**size), dict(options)
-    for argument, number in options.pop("odd", {}).items():
-        case[argument][:, [3, 20]] = number
+    case, options = prepare(*CASES[name])
     found, expected = (call(case, options, name) for name in ("triton", "torch"))
     apart = [distance(x, y) for x, y in zip(found, expected, strict=True)]
-    own, args = backend.FusedScan.forward, []
+    own, args = fused.FusedScan.forward, []
 
     def forward(ctx: Any, settings: ChunkSettings, *rest: Any) -> Any:
         args.append((settings, *rest))
         return own(ctx, settings, *rest)
 
-    backend.FusedScan.forward = staticmethod(forward)
+    fused.FusedScan.forward = staticmethod(forward)
     call(case, options, "triton")
-    kept = backend.FusedScan.apply(*args[0])
+    kept = fused.FusedScan.apply(*args[0])
     with torch.no_grad():
-        alone = backend.FusedScan.apply(replace(args[0][0], keeps_work=False), *args[0][1:])
+        alone = fused.FusedScan.apply(replace(args[0][0], keeps_work=False), *args[0][1:])
     return [*apart, *(distance(x, y) for x, y in zip(alone, kept, strict=True))]
 
 
 def distances_compiled(name: str) -> list[float]:
     """The same between one compiled graph and what is not compiled; for the process of the interpreter."""
-    backend._check_place = lambda q: None
+    backend.check_place = lambda q: None
     backend.precision = lambda: "ieee"
-    size, options = CASES[name]
-    case = make_case(**size)
+    case, options = prepare(*CASES[name])
     compiled = torch.compile(neural_memory_scan, fullgraph=True, backend="aot_eager")
     found, expected = (call(case, options, "triton", scan) for scan in (compiled, neural_memory_scan))
     return [distance(x, y) for x, y in zip(found, expected, strict=True)]
@@ -222,17 +160,17 @@ FITTING = ChunkSettings(2, 2, "silu", 1.0, None, False, False, False, True)
 def test_it_is_taken_where_it_is_asked_for_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.empty(2, 4, 64, 64)
     with pytest.raises(ValueError, match="q is on cpu"):
-        backend.choose_triton("triton", FITTING, None, 64, rows, rows, 128)
-    monkeypatch.setattr(backend, "_check_place", lambda q: None)
+        fused.choose_fused("triton", FITTING, None, 64, rows, rows, 128)
+    monkeypatch.setattr(backend, "check_place", lambda q: None)
 
-    def chosen(name: str, settings: ChunkSettings, width: int = 64, time: int = 64) -> bool:
-        return backend.choose_triton(name, settings, None, 64, rows[:, :, :time], rows[:, :, :time, :width], 128)
+    def chosen(name: str, settings: ChunkSettings, width: int = 64, time: int = 64) -> str:
+        return fused.choose_fused(name, settings, None, 64, rows[:, :, :time], rows[:, :, :time, :width], 128)
 
-    assert chosen("triton", FITTING)
-    assert not chosen("auto", FITTING)
-    assert not chosen("torch", FITTING)
-    assert not chosen("triton", replace(FITTING, has_base=True))
-    assert not chosen("triton", FITTING, time=40)
+    assert chosen("triton", FITTING) == "triton"
+    assert chosen("auto", FITTING) == "torch"
+    assert chosen("torch", FITTING) == "torch"
+    assert chosen("triton", replace(FITTING, has_base=True)) == "torch"
+    assert chosen("triton", FITTING, time=40) == "torch"
     with pytest.raises(ValueError, match="v has width 32, q has 64; use equal widths"):
         chosen("triton", FITTING, width=32)
     with pytest.raises(ValueError, match="memory_depth=3; use 2"):
@@ -256,7 +194,7 @@ def test_another_dtype_is_refused() -> None:
         device, dtype = torch.device("cuda"), torch.float64
 
     with pytest.raises(ValueError, match=r"the memory computes in torch\.float64; use float32 or less"):
-        backend._check_place(OnDevice())
+        backend.check_place(OnDevice())
 
 
 def test_products_are_as_exact_as_torch_s_own_may_be(monkeypatch: pytest.MonkeyPatch) -> None:

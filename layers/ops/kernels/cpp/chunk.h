@@ -1,0 +1,475 @@
+// One chunk of a neural memory, forward and backward, of one row: a head of a sequence.
+//
+// What ``memzoo.layers.ops.neural_memory_chunk`` says for all rows at once, in its notation, with nothing kept for the
+// backward pass but the carried blocks at the chunk's start: products of what is in a core's cache are cheaper than
+// fetching their results from memory.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "activations.h"
+#include "products.h"
+
+namespace memzoo {
+
+// What the chunks of all rows have in common.
+template <typename T>
+struct Memory {
+  int64_t tokens;                // C, of a chunk
+  int64_t blocks;                // k
+  std::vector<int64_t> widths;   // d_0 .. d_L
+  std::vector<int64_t> begins;   // where each layer's matrix lies in a block; behind the last, the block's size
+  Jet<T> jet;
+  T loss_scale;
+  std::optional<T> limit;        // of the norm of a token's gradient
+
+  int64_t depth() const { return static_cast<int64_t>(widths.size()) - 1; }
+  int64_t size() const { return begins.back(); }
+  int64_t numbers(int64_t layer) const { return widths[layer] * widths[layer + 1]; }
+  bool widens(int64_t layer) const { return widths[layer] <= widths[layer + 1]; }
+};
+
+// The fields of ``ChunkInputs`` for a row's chunk, or where their gradients go. Coefficients of block b lie b
+// ``coefficient_stride`` further on, those of old block b in new block n k n + b ``transition_stride``.
+template <typename P>
+struct Fields {
+  P *q, *k, *v, *mix, *read, *write, *transition;
+  int64_t coefficient_stride, transition_stride;
+
+  P* read_of(int64_t block) const { return read + block * coefficient_stride; }
+  P* write_of(int64_t block) const { return write + block * coefficient_stride; }
+};
+
+template <typename T>
+class Chunk {
+ public:
+  Chunk(const Memory<T>& memory, bool has_anchor, bool has_backward) : memory_(memory) {
+    const int64_t depth = memory.depth(), tokens = memory.tokens;
+    const int64_t widest = *std::max_element(memory.widths.begin(), memory.widths.end());
+    for (int64_t i = 0; i < depth; ++i) {
+      const int64_t in = tokens * memory.widths[i], out = tokens * memory.widths[i + 1];
+      x_.push_back(i ? room(in) : nullptr);
+      a_.push_back(i ? room(in) : nullptr);
+      d_.push_back(room(out));
+      score_.push_back(room(tokens * tokens));
+      mixed_.push_back(room(tokens * tokens));
+      weights_.push_back(has_anchor ? room(memory.numbers(i)) : nullptr);
+      norm_x_.push_back(room(tokens));
+      norm_d_.push_back(room(tokens));
+      if (i + 1 < depth) {
+        z_.push_back(room(out));
+        e_.push_back(room(out));
+        out_.push_back(room(out));
+        slope_.push_back(room(out));
+      }
+      if (!has_backward) continue;
+      flipped_weights_.push_back(room(memory.numbers(i)));
+      d_x_.push_back(i ? room(in) : nullptr);
+      d_d_.push_back(i + 1 < depth ? room(out) : nullptr);
+      if (i + 1 < depth) {
+        bend_.push_back(room(out));
+        out_slope_.push_back(room(out));
+        d_z_.push_back(room(out));
+      }
+    }
+    factor_ = room(tokens);
+    flipped_ = room(std::max(tokens, widest) * widest);
+    scaled_ = room(tokens * widest);
+    if (!has_backward) return;
+    d_score_ = room(tokens * tokens);
+    dots_ = room(memory.blocks * tokens * Vector<T>::size());
+    product_ = room(tokens * widest);
+    d_a_ = room(tokens * widest);
+    d_out_ = room(tokens * widest);
+    if (has_anchor) d_weights_ = room(memory.size());
+  }
+
+  // Read into y, write the norms of the errors, and leave the new blocks in ``next``, which may be ``old``.
+  void forward(const Fields<const T>& in, const T* old, const T* anchor, T* next, T* y, T* error_norm) {
+    keys(in, old, anchor);
+    for (int64_t t = 0; t < memory_.tokens; ++t) error_norm[t] = norm_d_.back()[t];
+    errors(false);
+    reads(in, old, anchor, y);
+    writes(in, old, next);
+  }
+
+  // Compute the chunk again and its gradients. ``grad`` holds those of the new blocks and is left with those of the
+  // old; d_anchor is added to, where there is an anchor; d_base is that of the weights at the start, or null.
+  void backward(
+      const Fields<const T>& in, const T* old, const T* anchor, const T* d_y, const T* d_base, const Fields<T>& grads,
+      T* grad, T* d_anchor) {
+    keys(in, old, anchor);
+    errors(true);
+    reads(in, old, anchor, nullptr);
+    d_x_[0] = grads.k;
+    d_d_.back() = grads.v;
+    for (int64_t i = 0; i < memory_.depth(); ++i) {
+      std::fill_n(d_x_[i], memory_.tokens * memory_.widths[i], T(0));
+      std::fill_n(d_d_[i], memory_.tokens * memory_.widths[i + 1], T(0));
+    }
+    d_writes(in, grads, grad);
+    d_transition(in, old, grads, grad);
+    d_reads(in, old, anchor, d_y, grads, grad, d_anchor);
+    if (memory_.limit) d_limit();
+    T* d_weights = grad;
+    if (anchor != nullptr) {
+      d_weights = d_weights_;
+      std::fill_n(d_weights, memory_.size(), T(0));
+    }
+    d_errors(d_weights);
+    d_keys(d_weights);
+    if (d_base != nullptr) add(memory_.size(), d_base, d_weights);
+    if (anchor != nullptr) {
+      add(memory_.size(), d_weights, grad);
+      add(memory_.size(), d_weights, d_anchor);
+    }
+  }
+
+ private:
+  T* room(int64_t size) {
+    rooms_.emplace_back(size + kAlignment);
+    const auto address = reinterpret_cast<uintptr_t>(rooms_.back().data());
+    return rooms_.back().data() + (kAlignment - address / sizeof(T) % kAlignment) % kAlignment;
+  }
+
+  static void add(int64_t size, const T* from, T* to) {
+    each_vector<T>(size, [&](int64_t i) { (Vector<T>::loadu(from + i) + Vector<T>::loadu(to + i)).store(to + i); });
+  }
+
+  // Keys through the weights the chunk starts from: z, x, slope, bend, the last error and its norm.
+  void keys(const Fields<const T>& in, const T* old, const T* anchor) {
+    const auto& m = memory_;
+    const int64_t last = m.depth() - 1;
+    x_[0] = in.k;
+    for (int64_t i = 0; i <= last; ++i) {
+      const T* u = old + m.begins[i];
+      w_.resize(m.depth());
+      w_[i] = u;
+      if (anchor != nullptr) {
+        std::copy_n(u, m.numbers(i), weights_[i]);
+        add(m.numbers(i), anchor + m.begins[i], weights_[i]);
+        w_[i] = weights_[i];
+      }
+      if (i == last) break;
+      product<T, Into::kSet>(m.tokens, m.widths[i], m.widths[i + 1], x_[i], w_[i], z_[i]);
+      T* bend = bend_.empty() ? nullptr : bend_[i];
+      m.jet(m.tokens * m.widths[i + 1], z_[i], const_cast<T*>(x_[i + 1]), slope_[i], bend);
+    }
+    std::copy_n(in.v, m.tokens * m.widths[last + 1], d_[last]);
+    product<T, Into::kSubtract>(m.tokens, m.widths[last], m.widths[last + 1], x_[last], w_[last], d_[last]);
+    squared_norms(m.widths[last + 1], d_[last], norm_d_[last]);
+    for (int64_t t = 0; t < m.tokens; ++t) norm_d_[last][t] = std::sqrt(norm_d_[last][t]);
+  }
+
+  // Errors backward, e and d, and the limit on their norm. Keeps the weights transposed, if a backward pass follows.
+  void errors(bool keeps_all) {
+    const auto& m = memory_;
+    const int64_t last = m.depth() - 1;
+    if (m.loss_scale != 1) {
+      const Vector<T> scale(m.loss_scale);
+      each_vector<T>(m.tokens * m.widths[last + 1], [&](int64_t i) {
+        (Vector<T>::loadu(d_[last] + i) * scale).store(d_[last] + i);
+      });
+    }
+    for (int64_t i = last; i >= 0; --i) {
+      T* flipped = keeps_all ? flipped_weights_[i] : flipped_;
+      if (i || keeps_all) transpose(m.widths[i], m.widths[i + 1], w_[i], flipped);
+      if (!i) break;
+      product<T, Into::kSet>(m.tokens, m.widths[i + 1], m.widths[i], d_[i], flipped, e_[i - 1]);
+      multiply(m.tokens * m.widths[i], e_[i - 1], slope_[i - 1], d_[i - 1]);
+    }
+    if (!m.limit) return;
+    const T most = *m.limit * *m.limit;
+    for (int64_t i = 0; i <= last; ++i) {
+      squared_norms(m.widths[i], x_[i], norm_x_[i]);
+      squared_norms(m.widths[i + 1], d_[i], norm_d_[i]);
+    }
+    for (int64_t t = 0; t < m.tokens; ++t) {
+      const T squared = squared_norm(t);
+      const bool finite = std::isfinite(squared);
+      factor_[t] = !finite ? T(0) : squared > most ? *m.limit / std::sqrt(squared) : T(1);
+      if (factor_[t] == 1) continue;
+      for (int64_t i = 0; i <= last; ++i) {  // what is not finite may not be multiplied by zero
+        const int64_t width = m.widths[i + 1];
+        for (int64_t n = t * width; n < (t + 1) * width; ++n) d_[i][n] = finite ? d_[i][n] * factor_[t] : T(0);
+        if (!finite && i < last) std::fill_n(e_[i] + t * width, width, T(0));
+      }
+    }
+  }
+
+  // Queries through the weights after each token, the last layer into y; without y not so far, as a backward pass
+  // needs it.
+  void reads(const Fields<const T>& in, const T* old, const T* anchor, T* y) {
+    const auto& m = memory_;
+    const int64_t last = m.depth() - 1;
+    a_[0] = in.q;
+    for (int64_t i = 0; i <= last; ++i) {
+      const int64_t from = m.widths[i], to = m.widths[i + 1];
+      transpose(m.tokens, from, x_[i], flipped_);
+      product<T, Into::kSet, false, Causal::kResult>(m.tokens, from, m.tokens, a_[i], flipped_, score_[i]);
+      for (int64_t t = 0; t < m.tokens; ++t) {
+        multiply(causal_width<T>(t), score_[i] + t * m.tokens, in.mix + t * m.tokens, mixed_[i] + t * m.tokens);
+      }
+      if (i == last && y == nullptr) return;
+      T* out = i == last ? y : out_[i];
+      product<T, Into::kSet, false, Causal::kLeft>(m.tokens, m.tokens, to, mixed_[i], d_[i], out);
+      for (int64_t b = 0; b < m.blocks; ++b) {
+        const T* matrix = old + b * m.size() + m.begins[i];
+        product<T, Into::kAddScaled>(m.tokens, from, to, a_[i], matrix, out, {in.read_of(b)});
+      }
+      if (anchor != nullptr) product<T, Into::kAdd>(m.tokens, from, to, a_[i], anchor + m.begins[i], out);
+      if (i == last) return;
+      T* slope = out_slope_.empty() ? nullptr : out_slope_[i];
+      m.jet(m.tokens * to, out, const_cast<T*>(a_[i + 1]), slope, nullptr);
+    }
+  }
+
+  // The new blocks: transition old + x^T diag(write) d.
+  void writes(const Fields<const T>& in, const T* old, T* next) {
+    const auto& m = memory_;
+    for (int64_t b = 0; b < m.blocks; ++b) {  // the old ones are read no later than they may be written over
+      const T* shares = in.transition + b * m.blocks * in.transition_stride;
+      const T *own = old + b * m.size(), *later = own + m.size();
+      const Vector<T> kept(shares[b * in.transition_stride]);
+      if (b + 1 == m.blocks) {
+        each_vector<T>(m.size(), [&](int64_t n) { (Vector<T>::loadu(own + n) * kept).store(next + b * m.size() + n); });
+      } else {
+        const Vector<T> share(shares[(b + 1) * in.transition_stride]);
+        each_vector<T>(m.size(), [&](int64_t n) {
+          const Vector<T> part = Vector<T>::loadu(later + n) * share;
+          at::vec::fmadd(Vector<T>::loadu(own + n), kept, part).store(next + b * m.size() + n);
+        });
+      }
+      for (int64_t i = 0; i < m.depth(); ++i) {
+        add_outer(i, x_[i], d_[i], in.write_of(b), next + b * m.size() + m.begins[i]);
+      }
+    }
+  }
+
+  // to += x^T diag(scale) d: outer products of a layer's inputs and of what is at its outputs.
+  void add_outer(int64_t i, const T* x, const T* d, const T* scale, T* to) {
+    const auto& m = memory_;
+    const int64_t from = m.widths[i], width = m.widths[i + 1];
+    if (m.widens(i)) {
+      scale_rows(m.tokens, from, x, scale, scaled_);
+      x = scaled_;
+    } else {
+      scale_rows(m.tokens, width, d, scale, scaled_);
+      d = scaled_;
+    }
+    product<T, Into::kAdd, true>(from, m.tokens, width, x, d, to);
+  }
+
+  // From the new blocks' gradients to write, x and d.
+  void d_writes(const Fields<const T>& in, const Fields<T>& grads, const T* grad) {
+    const auto& m = memory_;
+    for (int64_t b = 0; b < m.blocks; ++b) {
+      const T* scale = in.write_of(b);
+      T* dots = dots_;
+      std::fill_n(dots, m.tokens * Vector<T>::size(), T(0));
+      for (int64_t i = 0; i < m.depth(); ++i) {
+        const int64_t from = m.widths[i], to = m.widths[i + 1];
+        const T* g = grad + b * m.size() + m.begins[i];
+        transpose(from, to, g, flipped_);
+        if (m.widens(i)) {
+          product<T, Into::kPull>(m.tokens, to, from, d_[i], flipped_, d_x_[i], {scale, x_[i], dots});
+          product<T, Into::kAddScaled>(m.tokens, from, to, x_[i], g, d_d_[i], {scale});
+        } else {
+          product<T, Into::kPull>(m.tokens, from, to, x_[i], g, d_d_[i], {scale, d_[i], dots});
+          product<T, Into::kAddScaled>(m.tokens, to, from, d_[i], flipped_, d_x_[i], {scale});
+        }
+      }
+      sum_vectors(m.tokens, dots, grads.write_of(b));
+    }
+  }
+
+  // From the new blocks' gradients to the old ones' and to transition.
+  void d_transition(const Fields<const T>& in, const T* old, const Fields<T>& grads, T* grad) {
+    const auto& m = memory_;
+    const int64_t stride = in.transition_stride;
+    if (m.blocks == 1) {
+      grads.transition[0] = dot(m.size(), grad, old);
+      const Vector<T> kept(in.transition[0]);
+      each_vector<T>(m.size(), [&](int64_t n) { (Vector<T>::loadu(grad + n) * kept).store(grad + n); });
+      return;
+    }
+    const Vector<T> kept(in.transition[0]), share(in.transition[stride]), later_kept(in.transition[3 * stride]);
+    Vector<T> of_kept(T(0)), of_share(T(0)), of_later(T(0));
+    const T* later = old + m.size();
+    T* later_grad = grad + m.size();
+    each_vector<T>(m.size(), [&](int64_t n) {
+      const Vector<T> g = Vector<T>::loadu(grad + n), h = Vector<T>::loadu(later_grad + n);
+      const Vector<T> s = Vector<T>::loadu(later + n);
+      of_kept = at::vec::fmadd(g, Vector<T>::loadu(old + n), of_kept);
+      of_share = at::vec::fmadd(g, s, of_share);
+      of_later = at::vec::fmadd(h, s, of_later);
+      (g * kept).store(grad + n);
+      at::vec::fmadd(h, later_kept, g * share).store(later_grad + n);
+    });
+    grads.transition[0] = sum_of(of_kept);
+    grads.transition[stride] = sum_of(of_share);
+    grads.transition[2 * stride] = 0;  // from a block to a later one nothing flows
+    grads.transition[3 * stride] = sum_of(of_later);
+  }
+
+  // From the reads, last layer first: out = diag(read) a old + mixed d + a anchor.
+  void d_reads(
+      const Fields<const T>& in, const T* old, const T* anchor, const T* d_y, const Fields<T>& grads, T* grad,
+      T* d_anchor) {
+    const auto& m = memory_;
+    const int64_t last = m.depth() - 1, tokens = m.tokens;
+    const int64_t vectors = tokens * Vector<T>::size();
+    std::fill_n(dots_, m.blocks * vectors, T(0));
+    const T* d_out = d_y;
+    for (int64_t i = last; i >= 0; --i) {
+      const int64_t from = m.widths[i], to = m.widths[i + 1];
+      product<T, Into::kAdd, true, Causal::kLeft>(tokens, tokens, to, mixed_[i], d_out, d_d_[i]);
+      transpose(tokens, to, d_[i], flipped_);
+      product<T, Into::kSet, false, Causal::kResult>(tokens, to, tokens, d_out, flipped_, d_score_);
+      for (int64_t t = 0; t < tokens; ++t) d_mixing(t, in.mix, score_[i], grads.mix, i == last);
+      T* d_a = i ? d_a_ : grads.q;
+      product<T, Into::kSet, false, Causal::kLeft>(tokens, tokens, from, d_score_, x_[i], d_a);
+      product<T, Into::kAdd, true, Causal::kLeft>(tokens, tokens, from, d_score_, a_[i], d_x_[i]);
+      for (int64_t b = 0; b < m.blocks; ++b) {
+        const T* matrix = old + b * m.size() + m.begins[i];
+        const T* flipped = flipped_;
+        if (b == 0 && anchor == nullptr) {
+          flipped = flipped_weights_[i];
+        } else {
+          transpose(from, to, matrix, flipped_);
+        }
+        product<T, Into::kPull>(
+            tokens, to, from, d_out, flipped, d_a, {in.read_of(b), a_[i], dots_ + b * vectors});
+        add_outer(i, a_[i], d_out, in.read_of(b), grad + b * m.size() + m.begins[i]);
+      }
+      if (anchor != nullptr) {
+        transpose(from, to, anchor + m.begins[i], flipped_);
+        product<T, Into::kAdd>(tokens, to, from, d_out, flipped_, d_a);
+        product<T, Into::kAdd, true>(from, tokens, to, a_[i], d_out, d_anchor + m.begins[i]);
+      }
+      if (i == 0) break;
+      multiply(tokens * from, d_a, out_slope_[i - 1], d_out_);
+      d_out = d_out_;
+    }
+    for (int64_t b = 0; b < m.blocks; ++b) sum_vectors(tokens, dots_ + b * vectors, grads.read_of(b));
+  }
+
+  // Row t of a layer's mixing: from the gradient of mixed to those of the table and, in its place, of the scores.
+  void d_mixing(int64_t t, const T* mix, const T* score, T* d_mix, bool is_first) {
+    const int64_t tokens = memory_.tokens, width = causal_width<T>(t);
+    T *d = d_score_ + t * tokens, *into = d_mix + t * tokens;
+    if (is_first) std::fill_n(into, tokens, T(0));
+    each_vector<T>(width, [&](int64_t i) {
+      const Vector<T> g = Vector<T>::loadu(d + i);
+      const Vector<T> sum = Vector<T>::loadu(into + i);
+      at::vec::fmadd(g, Vector<T>::loadu(score + t * tokens + i), sum).store(into + i);
+      (g * Vector<T>::loadu(mix + t * tokens + i)).store(d + i);
+    });
+    std::fill(into + t + 1, into + width, T(0));
+  }
+
+  // From the limited errors to the raw ones, which d then holds; see ``clip_backward``.
+  void d_limit() {
+    const auto& m = memory_;
+    for (int64_t t = 0; t < m.tokens; ++t) {
+      const T factor = factor_[t];
+      if (factor == 1) continue;
+      T d_factor = 0;
+      for (int64_t i = 0; i < m.depth(); ++i) {
+        const int64_t width = m.widths[i + 1];
+        T *d = d_[i] + t * width, *d_d = d_d_[i] + t * width;
+        if (factor == 0) {
+          std::fill_n(d_d, width, T(0));
+          continue;
+        }
+        for (int64_t n = 0; n < width; ++n) {
+          d[n] /= factor;
+          d_factor += d_d[n] * d[n];
+          d_d[n] *= factor;
+        }
+      }
+      if (factor == 0) continue;
+      const T d_squared = -d_factor * factor / squared_norm(t);  // twice that of the squared norm
+      for (int64_t i = 0; i < m.depth(); ++i) {
+        const int64_t from = m.widths[i], to = m.widths[i + 1];
+        for (int64_t n = t * to; n < (t + 1) * to; ++n) d_d_[i][n] += d_[i][n] * d_squared * norm_x_[i][t];
+        for (int64_t n = t * from; n < (t + 1) * from; ++n) d_x_[i][n] += x_[i][n] * d_squared * norm_d_[i][t];
+      }
+    }
+  }
+
+  // The errors, first layer first: e = d_next w_next^T, d = e * act'.
+  void d_errors(T* d_weights) {
+    const auto& m = memory_;
+    const int64_t last = m.depth() - 1;
+    for (int64_t i = 0; i < last; ++i) {
+      const int64_t size = m.tokens * m.widths[i + 1];
+      each_vector<T>(size, [&](int64_t n) {
+        const Vector<T> d_d = Vector<T>::loadu(d_d_[i] + n), bend = Vector<T>::loadu(bend_[i] + n);
+        const Vector<T> curved = d_d * Vector<T>::loadu(e_[i] + n) * bend;
+        // An infinite error may meet no curve at all.
+        Vector<T>::blendv(curved, Vector<T>(T(0)), bend == Vector<T>(T(0))).store(d_z_[i] + n);
+        (d_d * Vector<T>::loadu(slope_[i] + n)).store(product_ + n);
+      });
+      const int64_t from = m.widths[i + 1], to = m.widths[i + 2];
+      product<T, Into::kAdd>(m.tokens, from, to, product_, w_[i + 1], d_d_[i + 1]);
+      product<T, Into::kAdd, true>(from, m.tokens, to, product_, d_[i + 1], d_weights + m.begins[i + 1]);
+    }
+    if (m.loss_scale == 1) return;
+    const Vector<T> scale(m.loss_scale);
+    each_vector<T>(m.tokens * m.widths[last + 1], [&](int64_t n) {
+      (Vector<T>::loadu(d_d_[last] + n) * scale).store(d_d_[last] + n);
+    });
+  }
+
+  // The keys, last layer first: z = x w, x_next = act(z); the gradient of the last z is minus that of the last error.
+  void d_keys(T* d_weights) {
+    const auto& m = memory_;
+    for (int64_t i = m.depth() - 1; i >= 0; --i) {
+      const int64_t from = m.widths[i], to = m.widths[i + 1];
+      T* to_weights = d_weights + m.begins[i];
+      if (i == m.depth() - 1) {
+        product<T, Into::kSubtract>(m.tokens, to, from, d_d_[i], flipped_weights_[i], d_x_[i]);
+        product<T, Into::kSubtract, true>(from, m.tokens, to, x_[i], d_d_[i], to_weights);
+      } else {
+        product<T, Into::kAdd>(m.tokens, to, from, d_z_[i], flipped_weights_[i], d_x_[i]);
+        product<T, Into::kAdd, true>(from, m.tokens, to, x_[i], d_z_[i], to_weights);
+      }
+      if (i == 0) return;
+      each_vector<T>(m.tokens * from, [&](int64_t n) {
+        const Vector<T> d_x = Vector<T>::loadu(d_x_[i] + n), slope = Vector<T>::loadu(slope_[i - 1] + n);
+        at::vec::fmadd(d_x, slope, Vector<T>::loadu(d_z_[i - 1] + n)).store(d_z_[i - 1] + n);
+      });
+    }
+  }
+
+  static void multiply(int64_t size, const T* x, const T* y, T* to) {
+    each_vector<T>(size, [&](int64_t i) { (Vector<T>::loadu(x + i) * Vector<T>::loadu(y + i)).store(to + i); });
+  }
+
+  void squared_norms(int64_t width, const T* rows, T* norms) const {
+    for (int64_t t = 0; t < memory_.tokens; ++t) norms[t] = dot(width, rows + t * width, rows + t * width);
+  }
+
+  // Of a token's gradient: all layers' squared norms of their inputs times those of their errors.
+  T squared_norm(int64_t t) const {
+    T sum = 0;
+    for (int64_t i = 0; i < memory_.depth(); ++i) sum += norm_x_[i][t] * norm_d_[i][t];
+    return sum;
+  }
+
+  static constexpr int64_t kAlignment = 64 / sizeof(T);
+  const Memory<T>& memory_;
+  std::vector<std::vector<T>> rooms_;
+  // A layer each. Inputs, errors and outputs are those of ``ChunkWork``; w are the weights at the chunk's start.
+  std::vector<const T*> x_, a_, w_;
+  std::vector<T*> z_, e_, d_, out_, slope_, bend_, out_slope_, score_, mixed_, weights_, flipped_weights_;
+  std::vector<T*> norm_x_, norm_d_, d_x_, d_d_, d_z_;
+  // A token each, or for the work of a moment.
+  T *factor_, *flipped_, *scaled_, *d_score_, *dots_, *product_, *d_a_, *d_out_, *d_weights_;
+};
+
+}  // namespace memzoo

@@ -1,0 +1,51 @@
+"""What runs ``kernels/cpp/neural_memory.cpp`` on CPUs, and what it takes.
+
+A row is one core's, which keeps what it works on in its cache; so batch times heads should be no fewer than the cores.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memzoo.layers.ops.backend import refuse
+from memzoo.layers.ops.cpp_library import load
+
+STEP = 16
+"""Divides all widths and the chunk: the numbers of one vector, of two or of four."""
+
+
+def check_sizes(*, memory_depth: int, head_dim: int, hidden_width: int, chunk_size: int) -> None:
+    """Require a memory that the kernels take; any depth is one.
+
+    Raises:
+        ValueError: There is an obstacle.
+    """
+    for name, size in {"head_dim": head_dim, "chunk_size": chunk_size}.items():
+        if size % STEP:
+            refuse("cpp", f"{name}={size}; use a multiple of {STEP}")
+    if memory_depth > 1 and hidden_width % STEP:
+        obstacle = f"memory_expansion gives a head {hidden_width} hidden units"
+        refuse("cpp", f"{obstacle}; use one with which {STEP} divides them")
+
+
+def check_place(q: Tensor) -> None:
+    """Require the CPU.
+
+    Raises:
+        ValueError: The queries are elsewhere.
+    """
+    if q.device.type != "cpu":
+        refuse("cpp", f"q is on {q.device}; move the inputs to the CPU")
+
+
+def run_forward(inputs: Sequence[Tensor], *arguments: object) -> None:
+    """Fill the results; see ``neural_memory_fused.scan``, which names the arguments."""
+    load("neural_memory")
+    torch.ops.memzoo_cpp.neural_memory_scan(inputs, *arguments)
+
+
+def run_backward(inputs: Sequence[Tensor], *arguments: object) -> None:
+    """Fill the gradients; see ``neural_memory_fused.scan_gradients``, which names the arguments."""
+    load("neural_memory")
+    torch.ops.memzoo_cpp.neural_memory_scan_gradients(inputs, *arguments)

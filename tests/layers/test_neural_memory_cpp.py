@@ -1,0 +1,286 @@
+"""The C++ kernels of the neural memory: what the torch backend and the loop say, on the CPU they were compiled for."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from memzoo.layers.neural_memory import NeuralMemory
+from memzoo.layers.ops import cpp_library
+from memzoo.layers.ops import neural_memory_fused as fused
+from memzoo.layers.ops.neural_memory import neural_memory, neural_memory_scan
+from memzoo.layers.reference.neural_memory import neural_memory as loop
+from tests.layers.fused_scan_cases import CASES, call, distance, prepare
+from tests.layers.neural_memory_cases import assert_close, gradients, make_case, random_cases, without
+
+needs_cpp = pytest.mark.skipif(cpp_library.obstacle() is not None, reason=f"{cpp_library.obstacle()}")
+
+MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what Triton's do not take
+    "a matrix": (dict(time=33, heads=1, dim=32, depth=1), dict(keep=("momentum", "anchor"), loss_scale=2.0)),
+    "three layers": (
+        dict(time=33, heads=2, dim=16, hidden=48, depth=3),
+        dict(keep=("momentum", "anchor"), max_gradient_norm=0.3, lengths=[33, 20]),
+    ),
+    "four layers, no momentum": (
+        dict(time=32, heads=1, dim=16, hidden=32, depth=4),
+        dict(keep=(), eta=None, activation="gelu", max_gradient_norm=0.5),
+    ),
+    "a narrow hidden layer": (dict(time=32, heads=1, dim=48, hidden=16), dict(keep=("momentum",))),
+    "panels that do not divide": (dict(time=40, heads=1, dim=80, hidden=112), dict(keep=("momentum",))),
+}
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", [*CASES, *MORE])
+def test_values_and_all_gradients_are_those_of_the_torch_backend(name: str) -> None:
+    case, options = prepare(*(CASES | MORE)[name])
+    found, expected = (call(case, options, backend) for backend in ("cpp", "torch"))
+    assert len(found) >= 11
+    assert all(distance(x, y) < 1e-12 for x, y in zip(found, expected, strict=True))
+
+
+@needs_cpp
+@random_cases
+@given(
+    rows=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    chunk=st.sampled_from([16, 48, 80]),
+    time=st.integers(16, 100),
+    dim=st.sampled_from([16, 48, 64]),
+    hidden=st.sampled_from([16, 32, 80]),
+    depth=st.integers(1, 3),
+    read=st.sampled_from(["post", "pre"]),
+    seed=st.integers(0, 1000),
+)
+def test_of_any_size_they_are_the_loop_s(
+    rows: tuple[int, int], chunk: int, time: int, dim: int, hidden: int, depth: int, read: str, seed: int
+) -> None:
+    batch, heads = rows
+    case = make_case(batch=batch, heads=heads, time=time, dim=dim, hidden=hidden, depth=depth, seed=seed)
+    case = without(case, "base", "anchor")
+    options = dict(chunk_size=chunk, read=read)
+    assert_close(neural_memory(**case, **options, backend="cpp"), loop(**case, **options))
+
+
+@needs_cpp
+def test_gradients_are_the_loop_s() -> None:
+    case = without(make_case(time=40, heads=1, dim=16, hidden=32), "base")
+    options = dict(chunk_size=16, max_gradient_norm=0.5, loss_scale=2.0)
+    found = gradients(lambda **t: neural_memory(**t, backend="cpp"), case, **options)
+    assert_close(found, gradients(loop, case, **options))
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["everything", "three layers"])
+def test_in_float32_they_are_as_close_as_torch(name: str) -> None:
+    case, options = prepare(*(CASES | MORE)[name])
+    exact = call(case, options, "torch")
+    rough = {k: tuple(w.float() for w in t) if isinstance(t, tuple) else t.float() for k, t in case.items()}
+    found, peer = (
+        [distance(x, y) for x, y in zip(call(rough, options, backend), exact, strict=True)]
+        for backend in ("cpp", "torch")
+    )
+    assert all(ours < 1e-5 + 3 * theirs for ours, theirs in zip(found, peer, strict=True))
+    assert max(found) < 1e-4
+
+
+@needs_cpp
+def test_without_gradients_and_with_other_threads_every_bit_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, options = prepare(*CASES["everything"])
+    own, args = fused.FusedScan.forward, []
+
+    def forward(ctx: Any, *rest: Any) -> Any:
+        args.append(rest)
+        return own(ctx, *rest)
+
+    monkeypatch.setattr(fused.FusedScan, "forward", staticmethod(forward))
+    number = torch.get_num_threads()
+    first = call(case, options, "cpp")
+    settings, *rest = args[0]
+    with torch.no_grad():
+        alone = fused.FusedScan.apply(replace(settings, keeps_work=False), *rest)
+    kept = fused.FusedScan.apply(settings, *rest)
+    assert all(torch.equal(x, y) for x, y in zip(alone, kept, strict=True))
+    try:
+        torch.set_num_threads(3 - number if number < 3 else 1)
+        assert all(torch.equal(x, y) for x, y in zip(first, call(case, options, "cpp"), strict=True))
+    finally:
+        torch.set_num_threads(number)
+
+
+@needs_cpp
+def test_nothing_given_is_changed() -> None:
+    case, options = prepare(*CASES["everything"])
+    copies = {k: tuple(w.clone() for w in t) if isinstance(t, tuple) else t.clone() for k, t in case.items()}
+    call(case, options, "cpp")
+    assert_close(case, copies, 0)
+
+
+@needs_cpp
+def test_the_past_does_not_see_the_future_to_the_bit() -> None:
+    case = without(make_case(time=64, heads=2, dim=16, hidden=32), "base", "anchor")
+    y, *_ = neural_memory(**case, chunk_size=32, backend="cpp")
+    for t in (5, 31, 32, 40):
+        other = {
+            name: torch.cat([part[:, :t], part[:, t:].flip(1)], 1) if isinstance(part, Tensor) else part
+            for name, part in case.items()
+        }
+        changed, *_ = neural_memory(**other, chunk_size=32, backend="cpp")
+        assert torch.equal(changed[:, :t], y[:, :t])
+        assert not torch.equal(changed[:, t], y[:, t])
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["everything", pytest.param("three layers", marks=pytest.mark.slow)])
+def test_a_compiler_takes_each_kernel_as_one_operation(name: str) -> None:
+    case, options = prepare(*(CASES | MORE)[name])
+    compiled = torch.compile(neural_memory_scan, fullgraph=True, backend="aot_eager")
+    found, expected = (call(case, options, "cpp", scan) for scan in (compiled, neural_memory_scan))
+    assert all(distance(x, y) < 1e-12 for x, y in zip(found, expected, strict=True))
+
+
+@needs_cpp
+@pytest.mark.parametrize("lengths", [None, [70, 33]])
+def test_a_layer_that_streams_is_that_of_torch(lengths: list[int] | None) -> None:
+    torch.manual_seed(0)
+    layer = NeuralMemory(32, num_heads=2, chunk_size=16, backend="cpp", decay_to_init=True).double()
+    x = torch.randn(2, 70, 32, dtype=torch.float64)
+    mask = None if lengths is None else torch.arange(70) < torch.tensor(lengths)[:, None]
+    pieces, state = [], None
+    for part in x.split(21, 1):  # whole chunks from a border, then from anywhere, which goes to torch
+        piece = None if mask is None else mask[:, sum(p.shape[1] for p in pieces) :][:, : part.shape[1]]
+        y, state = layer(part, state, mask=piece)
+        pieces.append(y)
+    whole, end = layer(x, mask=mask)
+    layer.backend = "torch"
+    expected, expected_end = layer(x, mask=mask)
+    assert_close((whole, end), (expected, expected_end))
+    assert_close((torch.cat(pieces, 1), state), (expected, expected_end))
+
+
+@needs_cpp
+def test_a_second_derivative_is_refused() -> None:
+    case = without(make_case(time=16, heads=1, dim=16, hidden=16), "base", "anchor")
+    case["q"].requires_grad_()
+    y, *_ = neural_memory(**case, chunk_size=16, backend="cpp")
+    (first,) = torch.autograd.grad(y.square().sum(), case["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        first.sum().backward()
+
+
+SIZES: dict[str, Any] = dict(dim=64, num_heads=4, chunk_size=16)
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dim": 96}, "head_dim=24; use a multiple of 16"),
+        ({"chunk_size": 24}, "chunk_size=24; use a multiple of 16"),
+        ({"memory_expansion": 1.5}, "memory_expansion gives a head 24 hidden units; use one with which 16 divides"),
+        ({"residual_norm": True}, "residual_norm=True; use False"),
+        ({"checkpoint_chunks": 4}, "checkpoint_chunks=4, .*; use None"),
+    ],
+)
+def test_a_memory_that_the_kernels_do_not_take_is_refused_when_it_is_built(options, words) -> None:
+    with pytest.raises(ValueError, match=f"^backend='cpp' does not apply: {words}.*, or use backend='auto'$"):
+        NeuralMemory(**SIZES | options, backend="cpp")
+
+
+@needs_cpp
+def test_values_of_another_width_and_other_devices() -> None:
+    case = without(make_case(time=16, heads=1, dim=16, hidden=16, value_dim=32), "base", "anchor")
+    with pytest.raises(ValueError, match="v has width 32, q has 16; use equal widths"):
+        neural_memory(**case, chunk_size=16, backend="cpp")
+    layer = NeuralMemory(**SIZES, backend="cpp").to("meta")
+    y, state = layer(torch.randn(2, 40, 64, device="meta"))
+    assert y.shape == (2, 40, 64)
+    assert state.weights[0].is_meta
+
+    class OnDevice:
+        device = torch.device("cuda")
+
+    with pytest.raises(ValueError, match="q is on cuda; move the inputs to the CPU, or use backend='auto'"):
+        fused.KERNELS["cpp"].check_place(OnDevice())
+
+
+def test_what_is_missing_to_compile_is_said_when_the_layer_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp_library, "is_installed", lambda library: library != "ninja")
+    monkeypatch.setattr(cpp_library.shutil, "which", lambda name: f"/usr/bin/{name}")
+    with pytest.raises(ValueError, match=r"the package ninja is not installed; pip install 'memzoo\[cpp\]', or use"):
+        NeuralMemory(**SIZES, backend="cpp")
+    monkeypatch.setattr(cpp_library.shutil, "which", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"no C\+\+ compiler was found; install one \(g\+\+ or clang\+\+\), name it by"
+    ):
+        NeuralMemory(**SIZES, backend="cpp")
+    monkeypatch.setattr(cpp_library.sys, "platform", "win32")
+    with pytest.raises(ValueError, match="not compiled on Windows; use Linux or macOS, or use backend='auto'"):
+        NeuralMemory(**SIZES, backend="cpp")
+
+
+def test_flags_are_those_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, defined, expected in (
+        ("AVX512", "AVX512", "-mavx512f"),
+        ("AVX2", "AVX2", "-mavx2"),
+        ("VSX", "DEFAULT", None),
+    ):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=found: found)
+        flags = cpp_library.flags()
+        assert f"-DCPU_CAPABILITY={defined}" in flags
+        assert (expected in flags) if expected else not any(flag.startswith("-m") for flag in flags)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of compiled extensions that is empty at first."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    cpp_library.load.cache_clear()
+    yield tmp_path
+    cpp_library.load.cache_clear()
+
+
+@needs_cpp
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = own_folder / "failing"
+    failing.write_text(
+        '#!/bin/sh\n[ "$1" = -v ] || [ "$1" = -dumpfullversion ] && exec c++ "$@"\necho no luck; exit 1\n'
+    )
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    case = without(make_case(time=16, heads=1, dim=16, hidden=16), "base", "anchor")
+    with pytest.raises(RuntimeError, match=r"(?s)failing could not compile .*use backend='auto'.*no luck"):
+        neural_memory(**case, chunk_size=16, backend="cpp")
+    assert not [path for path in (own_folder / "memzoo").iterdir() if path.suffix != ".lock"]
+
+
+@needs_cpp
+def test_a_folder_that_cannot_be_made_is_named(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own_folder / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(own_folder / "file"))
+    case = without(make_case(time=16, heads=1, dim=16, hidden=16), "base", "anchor")
+    with pytest.raises(RuntimeError, match=r"cannot write to .*file/memzoo.*; set TORCH_EXTENSIONS_DIR to a folder"):
+        neural_memory(**case, chunk_size=16, backend="cpp")
+
+
+@needs_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_compiled_for_lesser_processors_they_are_the_same(capability: str, tmp_path: Path) -> None:
+    code = (
+        "import pytest, sys\n"
+        "names = ' or '.join(['values_and_all', 'float32', 'of_any_size'])\n"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}, '-k', names]))\n"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert len(list((tmp_path / "memzoo").glob("neural_memory-*.so"))) == 1
