@@ -116,8 +116,8 @@ class FusedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, last, states = ctx.saved_tensors[: NUM_INPUTS + 2]
-        anchor = next(iter(ctx.saved_tensors[NUM_INPUTS + 2 :]), None)
+        saved = ctx.saved_tensors  # a checkpoint gives them once
+        (*inputs, last, states), anchor = saved[: NUM_INPUTS + 2], next(iter(saved[NUM_INPUTS + 2 :]), None)
         blocks, depth = inputs[-1].shape[1], len(ctx.layers)
         ends, base = outer[2 : 2 + depth * blocks], outer[2 + depth * blocks :]
         d_base = _pack(base) if base else states.new_zeros(states.shape[1], states.shape[2] // blocks)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from memzoo.layers.neural_memory import NeuralMemory
 from memzoo.layers.ops import cpp_library
@@ -164,6 +165,16 @@ def test_a_layer_that_streams_is_that_of_torch(lengths: list[int] | None) -> Non
     expected, expected_end = layer(x, mask=mask)
     assert_close((whole, end), (expected, expected_end))
     assert_close((torch.cat(pieces, 1), state), (expected, expected_end))
+
+
+@needs_cpp
+def test_inside_a_checkpoint_gradients_are_the_same() -> None:
+    torch.manual_seed(0)
+    layer = NeuralMemory(32, num_heads=2, chunk_size=16, backend="cpp", decay_to_init=True)
+    x = torch.randn(2, 48, 32, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
+    y = checkpoint(lambda x: layer(x)[0], x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
 
 
 @needs_cpp
