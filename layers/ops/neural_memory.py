@@ -283,7 +283,7 @@ def _scan_group(
     *states: Tensor,
 ) -> Weights:
     """Scan consecutive chunks."""
-    coefficients = chunk_coefficients(*gates, real, read)
+    coefficients = chunk_coefficients(*gates, real, read, settings.backend)
     function = ChunkScan if settings.backend == "torch" else FusedScan
     scanned: Weights = function.apply(settings, reached, q, k, v, *coefficients, *states)
     if not settings.has_norm:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memzoo.layers.ops.neural_memory_tables_cpp import CppCoefficients
 from memzoo.layers.ops.once_differentiable import once_differentiable
 
 
@@ -70,8 +71,8 @@ def gate_tables(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None =
 
 
 def chunk_coefficients(
-    theta: Tensor, eta: Tensor | None, alpha: Tensor, real: Tensor | None, read: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    theta: Tensor, eta: Tensor | None, alpha: Tensor, real: Tensor | None, read: str, backend: str = "torch"
+) -> tuple[Tensor, ...]:
     """Compute what a chunk with one (no momentum) or two carried blocks needs of its tables.
 
     Args:
@@ -80,6 +81,7 @@ def chunk_coefficients(
         alpha: Forgetting gates.
         real: True at tokens that exist; None if all do.
         read: "post" reads after the token is written, "pre" before.
+        backend: "cpp" for C++, on the CPU.
 
     Shape:
         theta, eta, alpha, real: (n, R, C). Returns the fields of ``ChunkInputs`` after q, k, v with n in front: mix
@@ -90,12 +92,13 @@ def chunk_coefficients(
     apply = None
     if real is not None:
         theta, kept, keep, apply = _skip(theta, kept, keep, real)
-    coefficients: tuple[Tensor, Tensor, Tensor, Tensor] = _Coefficients.apply(
-        *(None if gate is None else gate.flatten(0, 1).T for gate in (theta, kept, keep, apply)),
-        theta.shape[0],
-        1 if eta is None else 2,
-        1 if read == "post" else 0,
-    )
+    blocks, shift = 1 if eta is None else 2, 1 if read == "post" else 0
+    coefficients: tuple[Tensor, ...]
+    if backend == "cpp":
+        coefficients = CppCoefficients.apply(theta, kept, keep, apply, blocks, shift)
+    else:
+        rows = (None if gate is None else gate.flatten(0, 1).T for gate in (theta, kept, keep, apply))
+        coefficients = _Coefficients.apply(*rows, theta.shape[0], blocks, shift)
     return coefficients
 
 

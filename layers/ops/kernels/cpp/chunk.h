@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "fields.h"
 #include "products.h"
 
 namespace memzoo {
@@ -30,17 +31,6 @@ struct Memory {
   int64_t size() const { return begins.back(); }
   int64_t numbers(int64_t layer) const { return widths[layer] * widths[layer + 1]; }
   bool widens(int64_t layer) const { return widths[layer] <= widths[layer + 1]; }
-};
-
-// The fields of ``ChunkInputs`` for a row's chunk, or where their gradients go. Coefficients of block b lie b
-// ``coefficient_stride`` further on, those of old block b in new block n k n + b ``transition_stride``.
-template <typename P>
-struct Fields {
-  P *q, *k, *v, *mix, *read, *write, *transition;
-  int64_t coefficient_stride, transition_stride;
-
-  P* read_of(int64_t block) const { return read + block * coefficient_stride; }
-  P* write_of(int64_t block) const { return write + block * coefficient_stride; }
 };
 
 template <typename T>

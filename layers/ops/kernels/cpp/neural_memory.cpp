@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "chunk.h"
+#include "tables.h"
 
 namespace memzoo {
 namespace {
@@ -26,16 +27,39 @@ Memory<T> memory_of(
           jet_of<T>(activation), static_cast<T>(loss_scale), own_limit};
 }
 
-// The fields of row ``row`` in chunk ``j``, of tensors with all chunks (n) and rows (R).
+// The coefficients of row ``row`` in chunk ``j``, of tensors mix (n, R, C, C), read and write (n, k, R, C, 1) and
+// transition (n, k, k, R, 1, 1), of which the first is ``tensors[begin]``.
+template <typename P>
+Fields<P> coefficients_of(const std::vector<Tensor>& tensors, size_t begin, int64_t j, int64_t row) {
+  using T = std::remove_const_t<P>;
+  const Tensor &mix = tensors[begin], &read = tensors[begin + 1], &write = tensors[begin + 2];
+  const Tensor& transition = tensors[begin + 3];
+  const int64_t rows = mix.size(1), tokens = mix.size(2), blocks = transition.size(1);
+  const int64_t place = (j * blocks * rows + row) * tokens;
+  return {
+      nullptr, nullptr, nullptr, mix.data_ptr<T>() + (j * rows + row) * tokens * tokens, read.data_ptr<T>() + place,
+      write.data_ptr<T>() + place, transition.data_ptr<T>() + j * blocks * blocks * rows + row, rows * tokens, rows};
+}
+
+// The fields of row ``row`` in chunk ``j``: q, k, v (n, R, C, d), then the coefficients.
 template <typename P>
 Fields<P> fields_of(const std::vector<Tensor>& tensors, int64_t j, int64_t row) {
   using T = std::remove_const_t<P>;
-  const int64_t rows = tensors[0].size(1), tokens = tensors[0].size(2), blocks = tensors[6].size(1);
-  const auto at = [&](int64_t i, int64_t offset) { return static_cast<P*>(tensors[i].data_ptr<T>()) + offset; };
-  const int64_t place = j * rows + row, coefficients = j * blocks * rows * tokens + row * tokens;
-  const int64_t key = place * tokens * tensors[0].size(3), value = place * tokens * tensors[2].size(3);
-  return {at(0, key),          at(1, key),          at(2, value), at(3, place * tokens * tokens),
-          at(4, coefficients), at(5, coefficients), at(6, j * blocks * blocks * rows + row), rows * tokens, rows};
+  Fields<P> fields = coefficients_of<P>(tensors, 3, j, row);
+  const int64_t place = (j * tensors[0].size(1) + row) * tensors[0].size(2);
+  fields.q = tensors[0].data_ptr<T>() + place * tensors[0].size(3);
+  fields.k = tensors[1].data_ptr<T>() + place * tensors[1].size(3);
+  fields.v = tensors[2].data_ptr<T>() + place * tensors[2].size(3);
+  return fields;
+}
+
+// The gates (n, R, C) in that order at row and chunk ``place``; the last may be missing.
+template <typename P>
+Gates<P> gates_of(const std::vector<Tensor>& tensors, int64_t place) {
+  using T = std::remove_const_t<P>;
+  const int64_t offset = place * tensors[0].size(2);
+  const auto at = [&](size_t i) { return i < tensors.size() ? tensors[i].data_ptr<T>() + offset : nullptr; };
+  return {at(0), at(1), at(2), at(3)};
 }
 
 template <typename T>
@@ -97,7 +121,41 @@ void scan_gradients(
   });
 }
 
+// Call ``table(tables, j, row)`` for every chunk of every row.
+template <typename T, typename Table>
+void each_table(const std::vector<Tensor>& gates, const Tensor& transition, const Table& table) {
+  const int64_t rows = gates[0].size(1);
+  at::parallel_for(0, gates[0].size(0) * rows, 8, [&](int64_t begin, int64_t end) {
+    Tables<T> tables(gates[0].size(2), transition.size(1));
+    for (int64_t place = begin; place < end; ++place) table(tables, place / rows, place % rows);
+  });
+}
+
+// Fill ``coefficients`` from the gates theta, eta, keep and, where not all tokens exist, apply.
+void gate_tables(std::vector<Tensor> gates, int64_t shift, std::vector<Tensor> coefficients) {
+  AT_DISPATCH_FLOATING_TYPES(gates[0].scalar_type(), "gate_tables", [&] {
+    each_table<scalar_t>(gates, coefficients[3], [&](Tables<scalar_t>& tables, int64_t j, int64_t row) {
+      const auto own = gates_of<const scalar_t>(gates, j * gates[0].size(1) + row);
+      tables.forward(own, shift, coefficients_of<scalar_t>(coefficients, 0, j, row));
+    });
+  });
+}
+
+// Fill ``grads`` of theta, eta and keep from those of the coefficients.
+void gate_tables_gradients(
+    std::vector<Tensor> gates, int64_t shift, std::vector<Tensor> d_coefficients, std::vector<Tensor> grads) {
+  AT_DISPATCH_FLOATING_TYPES(gates[0].scalar_type(), "gate_tables_gradients", [&] {
+    each_table<scalar_t>(gates, d_coefficients[3], [&](Tables<scalar_t>& tables, int64_t j, int64_t row) {
+      const int64_t place = j * gates[0].size(1) + row;
+      const auto d = coefficients_of<const scalar_t>(d_coefficients, 0, j, row);
+      tables.backward(gates_of<const scalar_t>(gates, place), shift, d, gates_of<scalar_t>(grads, place));
+    });
+  });
+}
+
 TORCH_LIBRARY_FRAGMENT(memzoo_cpp, library) {
+  library.def("gate_tables", &gate_tables);
+  library.def("gate_tables_gradients", &gate_tables_gradients);
   library.def("neural_memory_scan", &scan);
   library.def("neural_memory_scan_gradients", &scan_gradients);
 }
