@@ -85,17 +85,27 @@ class ChunkGrid:
 
     def cut(self, x: Tensor) -> Tensor:
         """(batch, time, heads, ...) -> (chunks, batch * heads, width, ...)."""
+        x = self.fill(x).unflatten(1, (self.chunks, self.width)).movedim(3, 1).movedim(2, 0)
+        return x.flatten(1, 2).contiguous()
+
+    def fill(self, x: Tensor) -> Tensor:
+        """(batch, time, ...) -> (batch, chunks * width, ...): a token in every slot, zeros or any where there is none.
+
+        Where rows begin at a border this is ``x`` itself, or ``x`` with zeros up to the next one.
+        """
         if self.source is not None:
             index = self.source.view(*self.source.shape, *([1] * (x.dim() - 2)))
-            x = x.gather(1, index.expand(-1, -1, *x.shape[2:]))
-        elif (missing := self.chunks * self.width - self.time) > 0:
-            x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
-        x = x.unflatten(1, (self.chunks, self.width)).movedim(3, 1).movedim(2, 0)
-        return x.flatten(1, 2).contiguous()
+            return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+        if (missing := self.chunks * self.width - self.time) > 0:
+            return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
+        return x
 
     def join(self, y: Tensor) -> Tensor:
         """(chunks, batch * heads, width, d) -> (batch, time, heads, d), zeros at tokens that do not exist."""
-        y = y.unflatten(1, (-1, self.heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+        return self.drain(y.unflatten(1, (-1, self.heads)).permute(1, 0, 3, 2, 4).flatten(1, 2))
+
+    def drain(self, y: Tensor) -> Tensor:
+        """(batch, chunks * width, heads, d) -> (batch, time, heads, d), zeros at tokens that do not exist."""
         if self.slot is not None:
             y = y.gather(1, self.slot[:, :, None, None].expand(-1, -1, *y.shape[2:]))
         else:

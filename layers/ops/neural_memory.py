@@ -182,7 +182,8 @@ def neural_memory_scan(
 
     grid = ChunkGrid.lay_out(batch, time, heads, chunk_size, position, lengths, q.device)
     with no_autocast(q.device):
-        q, k, v, theta, alpha = (grid.cut(t.to(dtype)) for t in (q, k, v, theta, alpha))
+        q, k, v = (t.to(dtype) for t in (q, k, v))
+        theta, alpha = (grid.cut(t.to(dtype)) for t in (theta, alpha))
         eta = None if eta is None else grid.cut(eta.to(dtype))
         start, past, given_base, anchor = (to_rows(part, dtype) for part in (weights, momentum, base, anchor))
         if eta is None:
@@ -205,17 +206,16 @@ def neural_memory_scan(
         first = tuple(w - m for w, m in zip(start, anchor, strict=True)) if anchor else start
         norm_rows = () if norm is None else tuple(t.to(dtype).repeat(batch, 1)[:, None] for t in norm)
         backend = choose_fused(backend, settings, checkpoint_chunks, chunk_size, q, v, start[0].shape[-1])
-        reads, errors, carry, last_base = _scan(
-            replace(settings, backend=backend),
-            read,
-            checkpoint_chunks,
-            grid,
-            (q, k, v, theta, eta, alpha),
-            (*first, *past),
-            base,
-            anchor,
-            norm_rows,
-        )
+        settings, carry = replace(settings, backend=backend), (*first, *past)
+        if backend == "torch":
+            inputs = (grid.cut(q), grid.cut(k), grid.cut(v), theta, eta, alpha)
+            y, errors, carry, last_base = _scan(
+                settings, read, checkpoint_chunks, grid, inputs, carry, base, anchor, norm_rows
+            )
+        else:
+            y, errors, carry, last_base = _scan_fused(
+                settings, read, grid, (q, k, v), (theta, eta, alpha), carry, anchor
+            )
         depth = len(start)
         new_weights, new_momentum = base_weights(carry[:depth], anchor), carry[depth:]
         if anchor and grid.reached is not None:  # a row without tokens stays as it is, to the bit
@@ -224,7 +224,6 @@ def neural_memory_scan(
             last_base = where(grid.ends_at_border, new_weights, last_base)
         elif grid.ends_at_border:
             last_base = new_weights
-        y = grid.join(reads)
         if trace is not None and trace.wants_signals:
             trace.signal("surprise", grid.join(errors[..., None])[..., 0])
     new_weights, new_momentum, last_base = (
@@ -244,7 +243,7 @@ def _scan(
     anchor: Weights,
     norm: Weights,
 ) -> tuple[Tensor, Tensor, Weights, Weights]:
-    """Scan all chunks, ``group`` of them at a time; return reads, errors, carry and last base."""
+    """Scan all chunks, ``group`` of them at a time; return what was read, errors, carry and last base."""
     num_chunks, depth = grid.chunks, settings.depth
     q, k, v, theta, eta, alpha = inputs
     reads, errors = [], []
@@ -267,8 +266,26 @@ def _scan(
         reads.append(y)
         errors.append(error)
     if len(reads) == 1:
-        return reads[0], errors[0], carry, last_base
-    return torch.cat(reads), torch.cat(errors), carry, last_base
+        return grid.join(reads[0]), errors[0], carry, last_base
+    return grid.join(torch.cat(reads)), torch.cat(errors), carry, last_base
+
+
+def _scan_fused(
+    settings: ChunkSettings,
+    read: str,
+    grid: ChunkGrid,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    gates: tuple[Tensor, Tensor | None, Tensor],
+    carry: Weights,
+    anchor: Weights,
+) -> tuple[Tensor, Tensor, Weights, Weights]:
+    """Scan all chunks by a kernel, which takes q, k, v as they lie; return what ``_scan`` does."""
+    coefficients = chunk_coefficients(*gates, grid.real, read, settings.backend)
+    y, errors, *ends = FusedScan.apply(
+        settings, grid.reached, *(grid.fill(t) for t in tokens), *coefficients, *carry, *anchor
+    )
+    last_base = tuple(ends[len(carry) :]) or base_weights(carry[: settings.depth], anchor)
+    return grid.drain(y), errors, tuple(ends[: len(carry)]), last_base
 
 
 def _scan_group(
@@ -283,9 +300,8 @@ def _scan_group(
     *states: Tensor,
 ) -> Weights:
     """Scan consecutive chunks."""
-    coefficients = chunk_coefficients(*gates, real, read, settings.backend)
-    function = ChunkScan if settings.backend == "torch" else FusedScan
-    scanned: Weights = function.apply(settings, reached, q, k, v, *coefficients, *states)
+    coefficients = chunk_coefficients(*gates, real, read)
+    scanned: Weights = ChunkScan.apply(settings, reached, q, k, v, *coefficients, *states)
     if not settings.has_norm:
         return scanned
     gain, bias = states[-2:]

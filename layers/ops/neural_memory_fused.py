@@ -18,6 +18,8 @@ from memzoo.layers.ops.neural_memory_chunk import ChunkInputs, ChunkSettings, Te
 from memzoo.layers.ops.once_differentiable import once_differentiable
 
 NUM_INPUTS = len(fields(ChunkInputs))
+NUM_ROWS = 3
+"""Of these, queries, keys and values; the others are coefficients."""
 KERNELS = {"triton": neural_memory_triton, "cpp": neural_memory_cpp}
 BACKENDS = ("torch", *KERNELS)
 
@@ -43,7 +45,7 @@ def check_fused(
 def choose_fused(
     backend: str, settings: ChunkSettings, group: int | None, chunk_size: int, q: Tensor, v: Tensor, hidden_width: int
 ) -> str:
-    """Return the backend that rows q, v (n, R, C, d) are scanned by, one of ``BACKENDS``.
+    """Return the backend that q and v (batch, time, heads, d) are scanned by, one of ``BACKENDS``.
 
     Kernels only if asked for: "auto" takes torch. So do calls of fewer tokens than a chunk, those whose first token is
     not known to begin one (rows that go on from a state are anywhere), and those on the meta device.
@@ -52,7 +54,7 @@ def choose_fused(
         backend: What the caller asked for.
         settings: Of the chunks.
         group: ``checkpoint_chunks``.
-        chunk_size: Of the model; C is the number of tokens if there are fewer.
+        chunk_size: Of the model.
         q: Queries.
         v: Values.
         hidden_width: Of the memory.
@@ -73,23 +75,26 @@ def choose_fused(
     )
     if v.shape[-1] != q.shape[-1]:
         refuse(backend, f"v has width {v.shape[-1]}, q has {q.shape[-1]}; use equal widths")
-    if settings.has_base or q.shape[2] < chunk_size or q.is_meta:
+    if settings.has_base or q.shape[1] < chunk_size or q.is_meta:
         return "torch"
     KERNELS[backend].check_place(q)
     return backend
 
 
 class FusedScan(torch.autograd.Function):
-    """``ChunkScan`` by the kernels of ``settings.backend``: the same arguments and results.
+    """``ChunkScan`` by the kernels of ``settings.backend``.
 
-    Keeps its inputs and the carried blocks at the start of every chunk for the backward pass, no work of the chunks.
+    The same arguments and results, but for queries, keys, values and reads, which are (batch, n C, heads, d), wherever
+    their tokens lie. Keeps its inputs and the carried blocks at the start of every chunk for the backward pass, no work
+    of the chunks.
     """
 
     @staticmethod
     def forward(ctx: Any, settings: ChunkSettings, reached: Tensor | None, *tensors: Tensor) -> Tensors:
-        inputs = [t.contiguous() for t in tensors[:NUM_INPUTS]]
+        rows, coefficients = tensors[:NUM_ROWS], tensors[NUM_ROWS:NUM_INPUTS]
+        inputs = [*(t if t.stride(-1) == 1 else t.contiguous() for t in rows), *(t.contiguous() for t in coefficients)]
         given = settings.split(tensors[NUM_INPUTS:])
-        num_chunks, num_rows = inputs[0].shape[:2]
+        num_chunks, num_rows = coefficients[0].shape[:2]
         widths = [inputs[0].shape[-1], *(m.shape[-1] for m in given.carry[0])]
         start = _pack([t for block in given.carry for t in block])
         anchor = _pack(given.anchor) if given.anchor else None
@@ -144,7 +149,8 @@ def scan(
     """Scan all chunks; one operation to a compiler.
 
     Args:
-        inputs: The fields of ``ChunkInputs``, with the n chunks as first axis.
+        inputs: Queries, keys and values (batch, n C, heads, d), of which rows are (batch, heads), then the other fields
+            of ``ChunkInputs``, with the n chunks as first axis.
         start: The carried blocks before the first chunk, packed: (R, k numbers of a block).
         anchor: Weights that forgetting decays towards, packed, or None.
         last: (R,) int32, the chunk whose weights at its start are the row's last gradient base.
@@ -156,8 +162,8 @@ def scan(
         backend: Whose kernel runs.
 
     Returns:
-        Reads (n, R, C, d), norms of errors (n, R, C), packed blocks (n + 1 or 1, R, ...), of which the last are those
-        after the last chunk, and the first block at the start of the last chunk.
+        Reads like the values, norms of errors (n, R, C), packed blocks (n + 1 or 1, R, ...), of which the last are
+        those after the last chunk, and the first block at the start of the last chunk.
     """
     y, error_norm, states, base = _results(inputs, start, anchor, last, keeps_states)
     states[0] = start
@@ -172,9 +178,10 @@ def scan(
 def _results(
     inputs: Sequence[Tensor], start: Tensor, anchor: Tensor | None, last: Tensor, keeps_states: bool, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    v, blocks = inputs[2], inputs[-1].shape[1]
-    states = start.new_empty(len(v) + 1 if keeps_states else 1, *start.shape)
-    return torch.empty_like(v), v.new_empty(v.shape[:-1]), states, start.new_empty(len(start), start.shape[1] // blocks)
+    v, mix, blocks = inputs[2], inputs[NUM_ROWS], inputs[-1].shape[1]
+    states = start.new_empty(len(mix) + 1 if keeps_states else 1, *start.shape)
+    base = start.new_empty(len(start), start.shape[1] // blocks)
+    return v.new_empty(v.shape), v.new_empty(mix.shape[:-1]), states, base
 
 
 @torch.library.custom_op("memzoo::neural_memory_scan_gradients", mutates_args=())
@@ -197,7 +204,7 @@ def scan_gradients(
     Returns:
         Gradients of the inputs, of ``start`` and of ``anchor``, zeros without one.
     """
-    grads = [torch.empty_like(t) for t in inputs]
+    grads = [t.new_empty(t.shape) for t in inputs]
     d_states, d_anchor = d_end.clone(), torch.zeros_like(d_base)
     KERNELS[backend].run_backward(
         inputs, anchor, last, states, d_y, d_base, grads, d_states, d_anchor, widths, activation, loss_scale, limit
@@ -216,7 +223,7 @@ def _gradients(
     d_end: Tensor,
     *_: Any,
 ) -> list[Tensor]:
-    return [torch.empty_like(t) for t in (*inputs, d_end, d_base)]
+    return [t.new_empty(t.shape) for t in (*inputs, d_end, d_base)]
 
 
 def _pack(parts: Tensors | list[Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ class CppCoefficients(torch.autograd.Function):
 def coefficients(gates: Sequence[Tensor], blocks: int, shift: int) -> list[Tensor]:
     """Compute the coefficients; one operation to a compiler."""
     load("neural_memory")
-    results = _coefficients(gates, blocks, shift)
+    results: list[Tensor] = _coefficients(gates, blocks, shift)
     torch.ops.memzoo_cpp.gate_tables(gates, shift, results)
     return results
 
@@ -62,7 +62,7 @@ def _coefficients(gates: Sequence[Tensor], blocks: int, shift: int) -> list[Tens
 def coefficients_gradients(gates: Sequence[Tensor], shift: int, grads: Sequence[Tensor]) -> list[Tensor]:
     """Take gradients of the coefficients back to theta, eta and keep; one operation to a compiler."""
     load("neural_memory")
-    results = _gradients(gates, shift, grads)
+    results: list[Tensor] = _gradients(gates, shift, grads)
     torch.ops.memzoo_cpp.gate_tables_gradients(gates, shift, grads, results)
     return results
 

@@ -78,14 +78,16 @@ def run_forward(
     """Fill ``y``, ``error_norm``, ``base`` and ``states`` behind the first; see ``neural_memory_fused.scan``."""
     from memzoo.layers.ops.kernels.neural_memory import scan_forward
 
-    num_chunks, num_rows, size, width = inputs[0].shape
-    work = y.new_empty(num_rows, size, width + size)
+    num_chunks, num_rows, size, _ = inputs[3].shape
+    rows = [_cut(t, num_chunks) for t in inputs[:3]]
+    read, work = torch.empty_like(rows[2]), y.new_empty(num_rows, size, widths[0] + size)
     with torch.cuda.device_of(y):
         scan_forward[(num_rows,)](
-            *inputs, base if anchor is None else anchor, last, states, y, error_norm, base, work,
+            *rows, *inputs[3:], base if anchor is None else anchor, last, states, read, error_norm, base, work,
             num_chunks, num_rows, stride, loss_scale, limit or 0.0,
             **_options(inputs, widths, anchor, activation, limit),
         )  # fmt: skip
+    _join(read, y)
 
 
 def run_backward(
@@ -106,24 +108,39 @@ def run_backward(
     """Fill ``grads``, and the rest in place; see ``neural_memory_fused.scan_gradients``."""
     from memzoo.layers.ops.kernels.neural_memory_backward import scan_backward
 
-    num_chunks, num_rows, size, width = inputs[0].shape
+    num_chunks, num_rows, size, _ = inputs[3].shape
     options = _options(inputs, widths, anchor, activation, limit)
-    work = d_y.new_empty(num_rows, size, 4 * options["H"] + width + 2 * size)
+    rows, d_read = [_cut(t, num_chunks) for t in inputs[:3]], _cut(d_y, num_chunks)
+    d_rows = [torch.empty_like(t) for t in rows]
+    work = d_y.new_empty(num_rows, size, 4 * widths[1] + widths[0] + 2 * size)
     with torch.cuda.device_of(d_y):
         scan_backward[(num_rows,)](
-            *inputs, d_base if anchor is None else anchor, last, states[num_chunks - 1],
-            d_y, d_base, *grads, d_anchor, d_states, work,
+            *rows, *inputs[3:], d_base if anchor is None else anchor, last, states[num_chunks - 1],
+            d_read, d_base, *d_rows, *grads[3:], d_anchor, d_states, work,
             num_chunks, num_rows, states.stride(0), loss_scale, limit or 0.0, **options,
         )  # fmt: skip
+    for cut, grad in zip(d_rows, grads[:3], strict=True):
+        _join(cut, grad)
+
+
+def _cut(x: Tensor, num_chunks: int) -> Tensor:
+    """(batch, n C, heads, d) -> (n, R, C, d)."""
+    rows: Tensor = x.unflatten(1, (num_chunks, -1))
+    return rows.movedim(3, 1).movedim(2, 0).flatten(1, 2).contiguous()
+
+
+def _join(x: Tensor, into: Tensor) -> None:
+    """Undo ``_cut``."""
+    batch, _, heads, _ = into.shape
+    into.unflatten(1, (len(x), -1)).copy_(x.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4))
 
 
 def _options(
     inputs: Sequence[Tensor], widths: Sequence[int], anchor: Tensor | None, activation: str, limit: float | None
 ) -> dict[str, Any]:
     """Return what the kernels are compiled for."""
-    size, width = inputs[0].shape[2:]
     return dict(
-        C=size, D=width, H=widths[1], B=part_of(widths[1]),
+        C=inputs[3].shape[2], D=widths[0], H=widths[1], B=part_of(widths[1]),
         HAS_MOMENTUM=inputs[-1].shape[1] == 2, HAS_ANCHOR=anchor is not None, HAS_LIMIT=limit is not None,
         ACTIVATION=activation, PRECISION=precision(), num_warps=8, num_stages=1,
     )  # fmt: skip

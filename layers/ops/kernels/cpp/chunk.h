@@ -120,9 +120,8 @@ class Chunk {
 
  private:
   T* room(int64_t size) {
-    rooms_.emplace_back(size + kAlignment);
-    const auto address = reinterpret_cast<uintptr_t>(rooms_.back().data());
-    return rooms_.back().data() + (kAlignment - address / sizeof(T) % kAlignment) % kAlignment;
+    rooms_.emplace_back(size);
+    return rooms_.back().data();
   }
 
   static void add(int64_t size, const T* from, T* to) {
@@ -451,9 +450,8 @@ class Chunk {
     return sum;
   }
 
-  static constexpr int64_t kAlignment = 64 / sizeof(T);
   const Memory<T>& memory_;
-  std::vector<std::vector<T>> rooms_;
+  std::vector<Room<T>> rooms_;
   // A layer each. Inputs, errors and outputs are those of ``ChunkWork``; w are the weights at the chunk's start.
   std::vector<const T*> x_, a_, w_;
   std::vector<T*> z_, e_, d_, out_, slope_, bend_, out_slope_, score_, mixed_, weights_, flipped_weights_;

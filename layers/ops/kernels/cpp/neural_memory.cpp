@@ -23,7 +23,7 @@ Memory<T> memory_of(
   for (size_t i = 0; i + 1 < widths.size(); ++i) begins.push_back(begins.back() + widths[i] * widths[i + 1]);
   std::optional<T> own_limit;
   if (limit) own_limit = static_cast<T>(*limit);
-  return {inputs[0].size(2),     inputs.back().size(1),      widths,   begins,
+  return {inputs[3].size(2),     inputs.back().size(1),      widths,   begins,
           jet_of<T>(activation), static_cast<T>(loss_scale), own_limit};
 }
 
@@ -41,17 +41,40 @@ Fields<P> coefficients_of(const std::vector<Tensor>& tensors, size_t begin, int6
       write.data_ptr<T>() + place, transition.data_ptr<T>() + j * blocks * blocks * rows + row, rows * tokens, rows};
 }
 
-// The fields of row ``row`` in chunk ``j``: q, k, v (n, R, C, d), then the coefficients.
-template <typename P>
-Fields<P> fields_of(const std::vector<Tensor>& tensors, int64_t j, int64_t row) {
-  using T = std::remove_const_t<P>;
-  Fields<P> fields = coefficients_of<P>(tensors, 3, j, row);
-  const int64_t place = (j * tensors[0].size(1) + row) * tensors[0].size(2);
-  fields.q = tensors[0].data_ptr<T>() + place * tensors[0].size(3);
-  fields.k = tensors[1].data_ptr<T>() + place * tensors[1].size(3);
-  fields.v = tensors[2].data_ptr<T>() + place * tensors[2].size(3);
-  return fields;
-}
+// Queries, keys, values or reads (batch, n C, heads, d), wherever a token lies, of which rows are (batch, heads).
+template <typename T>
+class Rows {
+ public:
+  Rows(const Tensor& tensor, int64_t tokens)
+      : data_(tensor.data_ptr<T>()),
+        batch_stride_(tensor.stride(0)),
+        time_stride_(tensor.stride(1)),
+        head_stride_(tensor.stride(2)),
+        heads_(tensor.size(2)),
+        width_(tensor.size(3)),
+        tokens_(tokens),
+        room_(tokens * width_) {}
+
+  T* room() { return room_.data(); }
+
+  // Bring the tokens of row ``row`` in chunk ``j`` together, or back to their places.
+  const T* gather(int64_t j, int64_t row) {
+    for (int64_t t = 0; t < tokens_; ++t) std::copy_n(place(j, row, t), width_, room() + t * width_);
+    return room();
+  }
+  void scatter(int64_t j, int64_t row) {
+    for (int64_t t = 0; t < tokens_; ++t) std::copy_n(room() + t * width_, width_, place(j, row, t));
+  }
+
+ private:
+  T* place(int64_t j, int64_t row, int64_t t) const {
+    return data_ + row / heads_ * batch_stride_ + row % heads_ * head_stride_ + (j * tokens_ + t) * time_stride_;
+  }
+
+  T* data_;
+  int64_t batch_stride_, time_stride_, head_stride_, heads_, width_, tokens_;
+  Room<T> room_;
+};
 
 // The gates (n, R, C) in that order at row and chunk ``place``; the last may be missing.
 template <typename P>
@@ -74,19 +97,21 @@ void scan(
     std::optional<double> limit) {
   AT_DISPATCH_FLOATING_TYPES(states.scalar_type(), "neural_memory_scan", [&] {
     const auto memory = memory_of<scalar_t>(inputs, widths, activation, loss_scale, limit);
-    const int64_t chunks = inputs[0].size(0), rows = inputs[0].size(1), size = memory.size();
-    const int64_t answers = memory.tokens * widths.back();
+    const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1), size = memory.size();
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       Chunk<scalar_t> chunk(memory, anchor.has_value(), false);
+      Rows<scalar_t> q(inputs[0], memory.tokens), k(inputs[1], memory.tokens), v(inputs[2], memory.tokens);
+      Rows<scalar_t> reads(y, memory.tokens);
       for (int64_t row = begin; row < end; ++row) {
         const scalar_t* fixed = rows_of<scalar_t>(anchor, row, size);
         scalar_t* old = states.data_ptr<scalar_t>() + row * memory.blocks * size;
         for (int64_t j = 0; j < chunks; ++j, old += stride) {
           if (j == last.data_ptr<int32_t>()[row]) std::copy_n(old, size, base.data_ptr<scalar_t>() + row * size);
-          const int64_t place = j * rows + row;
-          chunk.forward(
-              fields_of<const scalar_t>(inputs, j, row), old, fixed, old + stride,
-              y.data_ptr<scalar_t>() + place * answers, error_norm.data_ptr<scalar_t>() + place * memory.tokens);
+          auto fields = coefficients_of<const scalar_t>(inputs, 3, j, row);
+          fields.q = q.gather(j, row), fields.k = k.gather(j, row), fields.v = v.gather(j, row);
+          scalar_t* norms = error_norm.data_ptr<scalar_t>() + (j * rows + row) * memory.tokens;
+          chunk.forward(fields, old, fixed, old + stride, reads.room(), norms);
+          reads.scatter(j, row);
         }
       }
     });
@@ -100,21 +125,26 @@ void scan_gradients(
     double loss_scale, std::optional<double> limit) {
   AT_DISPATCH_FLOATING_TYPES(states.scalar_type(), "neural_memory_scan_gradients", [&] {
     const auto memory = memory_of<scalar_t>(inputs, widths, activation, loss_scale, limit);
-    const int64_t chunks = inputs[0].size(0), rows = inputs[0].size(1), size = memory.size();
-    const int64_t answers = memory.tokens * widths.back();
+    const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1), size = memory.size();
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       Chunk<scalar_t> chunk(memory, anchor.has_value(), true);
+      Rows<scalar_t> q(inputs[0], memory.tokens), k(inputs[1], memory.tokens), v(inputs[2], memory.tokens);
+      Rows<scalar_t> d_q(grads[0], memory.tokens), d_k(grads[1], memory.tokens), d_v(grads[2], memory.tokens);
+      Rows<scalar_t> d_reads(d_y, memory.tokens);
       for (int64_t row = begin; row < end; ++row) {
         scalar_t* grad = d_states.data_ptr<scalar_t>() + row * memory.blocks * size;
         scalar_t* of_anchor = d_anchor.data_ptr<scalar_t>() + row * size;
         for (int64_t j = chunks - 1; j >= 0; --j) {
-          const int64_t place = j * rows + row;
+          auto fields = coefficients_of<const scalar_t>(inputs, 3, j, row);
+          fields.q = q.gather(j, row), fields.k = k.gather(j, row), fields.v = v.gather(j, row);
+          auto to = coefficients_of<scalar_t>(grads, 3, j, row);
+          to.q = d_q.room(), to.k = d_k.room(), to.v = d_v.room();
           const bool is_last = j == last.data_ptr<int32_t>()[row];
           chunk.backward(
-              fields_of<const scalar_t>(inputs, j, row), states.data_ptr<scalar_t>() + place * memory.blocks * size,
-              rows_of<scalar_t>(anchor, row, size), d_y.data_ptr<scalar_t>() + place * answers,
-              is_last ? d_base.data_ptr<scalar_t>() + row * size : nullptr, fields_of<scalar_t>(grads, j, row), grad,
-              of_anchor);
+              fields, states.data_ptr<scalar_t>() + (j * rows + row) * memory.blocks * size,
+              rows_of<scalar_t>(anchor, row, size), d_reads.gather(j, row),
+              is_last ? d_base.data_ptr<scalar_t>() + row * size : nullptr, to, grad, of_anchor);
+          d_q.scatter(j, row), d_k.scatter(j, row), d_v.scatter(j, row);
         }
       }
     });

@@ -11,11 +11,29 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 namespace memzoo {
 
 template <typename T>
 using Vector = at::vec::Vectorized<T>;
+
+// Numbers in memory, from the start of a line of the cache, or vectors would lie across two.
+template <typename T>
+class Room {
+ public:
+  explicit Room(int64_t size) : numbers_(size + kLine) {
+    const auto place = reinterpret_cast<uintptr_t>(numbers_.data()) / sizeof(T);
+    data_ = numbers_.data() + (kLine - place % kLine) % kLine;
+  }
+  Room(Room&&) = default;
+  T* data() const { return data_; }
+
+ private:
+  static constexpr size_t kLine = 64 / sizeof(T);
+  std::vector<T> numbers_;
+  T* data_;
+};
 
 // Rows and vectors of the result that a pass over the inner index holds in registers, of which AVX-512 has 32.
 constexpr int64_t kBlockRows = sizeof(Vector<float>) == 64 ? 8 : 4;
