@@ -93,145 +93,146 @@ class FusedScan(torch.autograd.Function):
     def forward(ctx: Any, settings: ChunkSettings, reached: Tensor | None, *tensors: Tensor) -> Tensors:
         rows, coefficients = tensors[:NUM_ROWS], tensors[NUM_ROWS:NUM_INPUTS]
         inputs = [*(t if t.stride(-1) == 1 else t.contiguous() for t in rows), *(t.contiguous() for t in coefficients)]
-        given = settings.split(tensors[NUM_INPUTS:])
+        states = [t.contiguous() for t in tensors[NUM_INPUTS:]]
+        start, anchor = states[: settings.blocks * settings.depth], states[settings.blocks * settings.depth :]
         num_chunks, num_rows = coefficients[0].shape[:2]
-        widths = [inputs[0].shape[-1], *(m.shape[-1] for m in given.carry[0])]
-        start = _pack([t for block in given.carry for t in block])
-        anchor = _pack(given.anchor) if given.anchor else None
         if reached is None:
-            last = start.new_full((num_rows,), num_chunks - 1, dtype=torch.int32)
+            last = torch.full((num_rows,), num_chunks - 1, dtype=torch.int32, device=start[0].device)
         else:
-            chunk = torch.arange(num_chunks, dtype=torch.int32, device=start.device)[:, None]
+            chunk = torch.arange(num_chunks, dtype=torch.int32, device=start[0].device)[:, None]
             last = (reached[..., 0, 0] * chunk).amax(0).int()
         limit = settings.max_gradient_norm
         ctx.options = (
-            widths,
             settings.activation,
             float(settings.loss_scale),
             None if limit is None else float(limit),
             settings.backend,
         )
-        y, error_norm, states, base = scan(inputs, start, anchor, last, settings.keeps_work, *ctx.options)
-        ctx.save_for_backward(*inputs, last, states, *([] if anchor is None else [anchor]))
+        results = scan(inputs, start, anchor, last, settings.keeps_work, *ctx.options)
+        (y, error_norm, inner), ends, base = results[:3], results[3 : 3 + len(start)], results[3 + len(start) :]
+        ctx.save_for_backward(*inputs, last, inner, *start, *anchor)
+        ctx.num_start = len(start)
         ctx.mark_non_differentiable(error_norm)
-        ctx.layers = [m.shape[1:] for m in given.carry[0]]
-        weights = _unpack(base if anchor is None else base + anchor, ctx.layers) if num_chunks > 1 else ()
-        return (y, error_norm, *_unpack(states[-1], ctx.layers * settings.blocks), *weights)
+        weights = [u + m for u, m in zip(base, anchor, strict=True)] if anchor else base
+        return (y, error_norm, *ends, *(weights if num_chunks > 1 else ()))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # a checkpoint gives them once
-        (*inputs, last, states), anchor = saved[: NUM_INPUTS + 2], next(iter(saved[NUM_INPUTS + 2 :]), None)
-        blocks, depth = inputs[-1].shape[1], len(ctx.layers)
-        ends, base = outer[2 : 2 + depth * blocks], outer[2 + depth * blocks :]
-        d_base = _pack(base) if base else states.new_zeros(states.shape[1], states.shape[2] // blocks)
-        *grads, d_states, d_anchor = scan_gradients(
-            inputs, anchor, last, states, outer[0].contiguous(), d_base, _pack(ends), *ctx.options
+        (*inputs, last, inner), states = saved[: NUM_INPUTS + 2], saved[NUM_INPUTS + 2 :]
+        start, anchor = states[: ctx.num_start], states[ctx.num_start :]
+        d_y, d_ends, d_base = outer[0], outer[2 : 2 + len(start)], outer[2 + len(start) :]
+        grads = scan_gradients(
+            inputs,
+            start,
+            anchor,
+            last,
+            inner,
+            d_y if d_y.stride(-1) == 1 else d_y.contiguous(),
+            [t.contiguous() for t in d_ends],
+            [t.contiguous() for t in d_base],
+            *ctx.options,
         )
-        shared = () if anchor is None else _unpack(d_anchor, ctx.layers)
-        return (None, None, *grads, *_unpack(d_states, ctx.layers * blocks), *shared)
+        return (None, None, *grads)
 
 
 @torch.library.custom_op("memzoo::neural_memory_scan", mutates_args=())
 def scan(
     inputs: Sequence[Tensor],
-    start: Tensor,
-    anchor: Tensor | None,
+    start: Sequence[Tensor],
+    anchor: Sequence[Tensor],
     last: Tensor,
     keeps_states: bool,
-    widths: Sequence[int],
     activation: str,
     loss_scale: float,
     limit: float | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Scan all chunks; one operation to a compiler.
 
     Args:
         inputs: Queries, keys and values (batch, n C, heads, d), of which rows are (batch, heads), then the other fields
             of ``ChunkInputs``, with the n chunks as first axis.
-        start: The carried blocks before the first chunk, packed: (R, k numbers of a block).
-        anchor: Weights that forgetting decays towards, packed, or None.
+        start: The carried blocks before the first chunk, a matrix (R, d_{l-1}, d_l) a layer, one block after the other.
+        anchor: Weights that forgetting decays towards, likewise; or none.
         last: (R,) int32, the chunk whose weights at its start are the row's last gradient base.
-        keeps_states: Keep the blocks at the start of every chunk, not only after the last.
-        widths: d_0 .. d_L of the memory's layers.
+        keeps_states: Keep the blocks between chunks.
         activation: Between the memory's layers.
         loss_scale: Factor of the gradient.
         limit: Of a token's gradient, or None.
         backend: Whose kernel runs.
 
     Returns:
-        Reads like the values, norms of errors (n, R, C), packed blocks (n + 1 or 1, R, ...), of which the last are
-        those after the last chunk, and the first block at the start of the last chunk.
+        Reads like the values, norms of errors (n, R, C), the blocks between chunks with the numbers of all matrices in
+        a line, (n - 1, R, ...), of which there is at most one without ``keeps_states``, the blocks after the last
+        chunk, like ``start``, and the first of them at the start of the last chunk.
     """
-    y, error_norm, states, base = _results(inputs, start, anchor, last, keeps_states)
-    states[0] = start
-    stride = states.stride(0) if keeps_states else 0
+    y, error_norm, inner, *states = _results(inputs, start, anchor, last, keeps_states)
+    ends, base = states[: len(start)], states[len(start) :]
     KERNELS[backend].run_forward(
-        inputs, anchor, last, states, stride, y, error_norm, base, widths, activation, loss_scale, limit
+        inputs, start, anchor, last, inner, y, error_norm, ends, base, _widths(base), activation, loss_scale, limit
     )
-    return y, error_norm, states, base
+    return [y, error_norm, inner, *states]
 
 
 @scan.register_fake
 def _results(
-    inputs: Sequence[Tensor], start: Tensor, anchor: Tensor | None, last: Tensor, keeps_states: bool, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs: Sequence[Tensor],
+    start: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    last: Tensor,
+    keeps_states: bool,
+    *_: Any,
+) -> list[Tensor]:
     v, mix, blocks = inputs[2], inputs[NUM_ROWS], inputs[-1].shape[1]
-    states = start.new_empty(len(mix) + 1 if keeps_states else 1, *start.shape)
-    base = start.new_empty(len(start), start.shape[1] // blocks)
-    return v.new_empty(v.shape), v.new_empty(mix.shape[:-1]), states, base
+    between = mix.shape[0] - 1
+    inner = v.new_empty(between if keeps_states else min(between, 1), mix.shape[1], sum(t[0].numel() for t in start))
+    states = [t.new_empty(t.shape) for t in (*start, *start[: len(start) // blocks])]
+    return [v.new_empty(v.shape), v.new_empty(mix.shape[:-1]), inner, *states]
 
 
 @torch.library.custom_op("memzoo::neural_memory_scan_gradients", mutates_args=())
 def scan_gradients(
     inputs: Sequence[Tensor],
-    anchor: Tensor | None,
+    start: Sequence[Tensor],
+    anchor: Sequence[Tensor],
     last: Tensor,
-    states: Tensor,
+    inner: Tensor,
     d_y: Tensor,
-    d_base: Tensor,
-    d_end: Tensor,
-    widths: Sequence[int],
+    d_ends: Sequence[Tensor],
+    d_base: Sequence[Tensor],
     activation: str,
     loss_scale: float,
     limit: float | None,
     backend: str,
 ) -> list[Tensor]:
-    """Take gradients of the results of ``scan`` back, given what it was given and gave, ``states`` kept.
+    """Take gradients of the results of ``scan`` back, given what it was given and the blocks that it kept.
+
+    Args:
+        inputs: Those of ``scan``, as are ``start``, ``anchor``, ``last`` and what follows ``d_base``.
+        inner: The blocks between chunks, all of them.
+        d_y: Of the reads.
+        d_ends: Of the blocks after the last chunk.
+        d_base: Of the first of them at the start of the last chunk; none for zeros.
 
     Returns:
-        Gradients of the inputs, of ``start`` and of ``anchor``, zeros without one.
+        Gradients of ``inputs``, of ``start`` and of ``anchor``.
     """
     grads = [t.new_empty(t.shape) for t in inputs]
-    d_states, d_anchor = d_end.clone(), torch.zeros_like(d_base)
+    d_start, d_anchor = [t.clone() for t in d_ends], [torch.zeros_like(t) for t in anchor]
+    widths = _widths(start[: len(start) // inputs[-1].shape[1]])
     KERNELS[backend].run_backward(
-        inputs, anchor, last, states, d_y, d_base, grads, d_states, d_anchor, widths, activation, loss_scale, limit
+        inputs, start, anchor, last, inner, d_y, d_base, grads, d_start, d_anchor, widths, activation, loss_scale, limit
     )
-    return [*grads, d_states, d_anchor]
+    return [*grads, *d_start, *d_anchor]
 
 
 @scan_gradients.register_fake
-def _gradients(
-    inputs: Sequence[Tensor],
-    anchor: Tensor | None,
-    last: Tensor,
-    states: Tensor,
-    d_y: Tensor,
-    d_base: Tensor,
-    d_end: Tensor,
-    *_: Any,
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (*inputs, d_end, d_base)]
+def _gradients(inputs: Sequence[Tensor], start: Sequence[Tensor], anchor: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (*inputs, *start, *anchor)]
 
 
-def _pack(parts: Tensors | list[Tensor]) -> Tensor:
-    """Lay the matrices (R, ...) of a row one after the other: (R, numbers)."""
-    return torch.cat([t.flatten(1) for t in parts], 1)
-
-
-def _unpack(packed: Tensor, shapes: list[torch.Size]) -> Tensors:
-    """Undo ``_pack``, with memory of their own for each."""
-    parts = packed.split([shape.numel() for shape in shapes], 1)
-    return tuple(t.clone().view(-1, *shape) for t, shape in zip(parts, shapes, strict=True))
+def _widths(weights: Sequence[Tensor]) -> list[int]:
+    """d_0 .. d_L of a memory with these weights."""
+    return [weights[0].shape[1], *(t.shape[2] for t in weights)]

@@ -63,64 +63,93 @@ def precision() -> str:
 
 def run_forward(
     inputs: Sequence[Tensor],
-    anchor: Tensor | None,
+    start: Sequence[Tensor],
+    anchor: Sequence[Tensor],
     last: Tensor,
-    states: Tensor,
-    stride: int,
+    inner: Tensor,
     y: Tensor,
     error_norm: Tensor,
-    base: Tensor,
+    ends: Sequence[Tensor],
+    base: Sequence[Tensor],
     widths: Sequence[int],
     activation: str,
     loss_scale: float,
     limit: float | None,
 ) -> None:
-    """Fill ``y``, ``error_norm``, ``base`` and ``states`` behind the first; see ``neural_memory_fused.scan``."""
+    """Fill ``inner``, ``y``, ``error_norm``, ``ends`` and ``base``; see ``neural_memory_fused.scan``."""
     from memzoo.layers.ops.kernels.neural_memory import scan_forward
 
     num_chunks, num_rows, size, _ = inputs[3].shape
-    rows = [_cut(t, num_chunks) for t in inputs[:3]]
-    read, work = torch.empty_like(rows[2]), y.new_empty(num_rows, size, widths[0] + size)
+    keeps_states = len(inner) == num_chunks - 1
+    rows, fixed, first = [_cut(t, num_chunks) for t in inputs[:3]], _pack(anchor or base), _pack(start)
+    states = first.new_empty(num_chunks + 1 if keeps_states else 1, *first.shape)
+    states[0] = first
+    read, own_base = torch.empty_like(rows[2]), _pack(base)
+    work = y.new_empty(num_rows, size, widths[0] + size)
     with torch.cuda.device_of(y):
         scan_forward[(num_rows,)](
-            *rows, *inputs[3:], base if anchor is None else anchor, last, states, read, error_norm, base, work,
-            num_chunks, num_rows, stride, loss_scale, limit or 0.0,
+            *rows, *inputs[3:], fixed, last, states, read, error_norm, own_base, work,
+            num_chunks, num_rows, states.stride(0) if keeps_states else 0, loss_scale, limit or 0.0,
             **_options(inputs, widths, anchor, activation, limit),
         )  # fmt: skip
+    if keeps_states:
+        inner.copy_(states[1:-1])
     _join(read, y)
+    _unpack(states[-1], ends)
+    _unpack(own_base, base)
 
 
 def run_backward(
     inputs: Sequence[Tensor],
-    anchor: Tensor | None,
+    start: Sequence[Tensor],
+    anchor: Sequence[Tensor],
     last: Tensor,
-    states: Tensor,
+    inner: Tensor,
     d_y: Tensor,
-    d_base: Tensor,
+    d_base: Sequence[Tensor],
     grads: Sequence[Tensor],
-    d_states: Tensor,
-    d_anchor: Tensor,
+    d_start: Sequence[Tensor],
+    d_anchor: Sequence[Tensor],
     widths: Sequence[int],
     activation: str,
     loss_scale: float,
     limit: float | None,
 ) -> None:
-    """Fill ``grads``, and the rest in place; see ``neural_memory_fused.scan_gradients``."""
+    """Fill ``grads``, and ``d_start`` and ``d_anchor`` in place; see ``neural_memory_fused.scan_gradients``."""
     from memzoo.layers.ops.kernels.neural_memory_backward import scan_backward
 
     num_chunks, num_rows, size, _ = inputs[3].shape
     options = _options(inputs, widths, anchor, activation, limit)
     rows, d_read = [_cut(t, num_chunks) for t in inputs[:3]], _cut(d_y, num_chunks)
     d_rows = [torch.empty_like(t) for t in rows]
+    states, d_states = torch.cat([_pack(start)[None], inner]), _pack(d_start)
+    block = d_states.shape[1] // inputs[-1].shape[1]
+    own_base = _pack(d_base) if d_base else d_states.new_zeros(num_rows, block)
+    d_fixed = d_states.new_zeros(num_rows, block)
+    fixed = _pack(anchor) if anchor else d_fixed
     work = d_y.new_empty(num_rows, size, 4 * widths[1] + widths[0] + 2 * size)
     with torch.cuda.device_of(d_y):
         scan_backward[(num_rows,)](
-            *rows, *inputs[3:], d_base if anchor is None else anchor, last, states[num_chunks - 1],
-            d_read, d_base, *d_rows, *grads[3:], d_anchor, d_states, work,
+            *rows, *inputs[3:], fixed, last, states[-1],
+            d_read, own_base, *d_rows, *grads[3:], d_fixed, d_states, work,
             num_chunks, num_rows, states.stride(0), loss_scale, limit or 0.0, **options,
         )  # fmt: skip
     for cut, grad in zip(d_rows, grads[:3], strict=True):
         _join(cut, grad)
+    _unpack(d_states, d_start)
+    _unpack(d_fixed, d_anchor)
+
+
+def _pack(parts: Sequence[Tensor]) -> Tensor:
+    """Lay the matrices (R, ...) of a row one after the other: (R, numbers)."""
+    return torch.cat([t.flatten(1) for t in parts], 1)
+
+
+def _unpack(packed: Tensor, into: Sequence[Tensor]) -> None:
+    """Undo ``_pack``; of what is packed and has no place nothing is kept."""
+    parts = packed.split([t[0].numel() for t in into], 1) if into else ()
+    for part, to in zip(parts, into, strict=True):
+        to.flatten(1).copy_(part)
 
 
 def _cut(x: Tensor, num_chunks: int) -> Tensor:
@@ -136,11 +165,11 @@ def _join(x: Tensor, into: Tensor) -> None:
 
 
 def _options(
-    inputs: Sequence[Tensor], widths: Sequence[int], anchor: Tensor | None, activation: str, limit: float | None
+    inputs: Sequence[Tensor], widths: Sequence[int], anchor: Sequence[Tensor], activation: str, limit: float | None
 ) -> dict[str, Any]:
     """Return what the kernels are compiled for."""
     return dict(
         C=inputs[3].shape[2], D=widths[0], H=widths[1], B=part_of(widths[1]),
-        HAS_MOMENTUM=inputs[-1].shape[1] == 2, HAS_ANCHOR=anchor is not None, HAS_LIMIT=limit is not None,
+        HAS_MOMENTUM=inputs[-1].shape[1] == 2, HAS_ANCHOR=len(anchor) > 0, HAS_LIMIT=limit is not None,
         ACTIVATION=activation, PRECISION=precision(), num_warps=8, num_stages=1,
     )  # fmt: skip

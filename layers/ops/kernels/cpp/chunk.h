@@ -22,16 +22,18 @@ struct Memory {
   int64_t tokens;                // C, of a chunk
   int64_t blocks;                // k
   std::vector<int64_t> widths;   // d_0 .. d_L
-  std::vector<int64_t> begins;   // where each layer's matrix lies in a block; behind the last, the block's size
   Jet<T> jet;
   T loss_scale;
   std::optional<T> limit;        // of the norm of a token's gradient
 
   int64_t depth() const { return static_cast<int64_t>(widths.size()) - 1; }
-  int64_t size() const { return begins.back(); }
   int64_t numbers(int64_t layer) const { return widths[layer] * widths[layer + 1]; }
   bool widens(int64_t layer) const { return widths[layer] <= widths[layer + 1]; }
 };
+
+// Matrices of a row, a layer each, of one block after the other; empty where there are none.
+template <typename P>
+using Matrices = std::vector<P*>;
 
 template <typename T>
 class Chunk {
@@ -43,6 +45,7 @@ class Chunk {
       const int64_t in = tokens * memory.widths[i], out = tokens * memory.widths[i + 1];
       x_.push_back(i ? room(in) : nullptr);
       a_.push_back(i ? room(in) : nullptr);
+      w_.push_back(nullptr);
       d_.push_back(room(out));
       score_.push_back(room(tokens * tokens));
       mixed_.push_back(room(tokens * tokens));
@@ -74,11 +77,13 @@ class Chunk {
     product_ = room(tokens * widest);
     d_a_ = room(tokens * widest);
     d_out_ = room(tokens * widest);
-    if (has_anchor) d_weights_ = room(memory.size());
+    for (int64_t i = 0; has_anchor && i < depth; ++i) d_weights_.push_back(room(memory.numbers(i)));
   }
 
   // Read into y, write the norms of the errors, and leave the new blocks in ``next``, which may be ``old``.
-  void forward(const Fields<const T>& in, const T* old, const T* anchor, T* next, T* y, T* error_norm) {
+  void forward(
+      const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor,
+      const Matrices<T>& next, T* y, T* error_norm) {
     keys(in, old, anchor);
     for (int64_t t = 0; t < memory_.tokens; ++t) error_norm[t] = norm_d_.back()[t];
     errors(false);
@@ -87,10 +92,10 @@ class Chunk {
   }
 
   // Compute the chunk again and its gradients. ``grad`` holds those of the new blocks and is left with those of the
-  // old; d_anchor is added to, where there is an anchor; d_base is that of the weights at the start, or null.
+  // old; d_anchor is added to, where there is an anchor; d_base is that of the weights at the start, if it has any.
   void backward(
-      const Fields<const T>& in, const T* old, const T* anchor, const T* d_y, const T* d_base, const Fields<T>& grads,
-      T* grad, T* d_anchor) {
+      const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor, const T* d_y,
+      const Matrices<const T>& d_base, const Fields<T>& grads, const Matrices<T>& grad, const Matrices<T>& d_anchor) {
     keys(in, old, anchor);
     errors(true);
     reads(in, old, anchor, nullptr);
@@ -104,17 +109,18 @@ class Chunk {
     d_transition(in, old, grads, grad);
     d_reads(in, old, anchor, d_y, grads, grad, d_anchor);
     if (memory_.limit) d_limit();
-    T* d_weights = grad;
-    if (anchor != nullptr) {
-      d_weights = d_weights_;
-      std::fill_n(d_weights, memory_.size(), T(0));
+    const Matrices<T>& d_weights = anchor.empty() ? grad : d_weights_;
+    for (int64_t i = 0; i < memory_.depth() && !anchor.empty(); ++i) {
+      std::fill_n(d_weights[i], memory_.numbers(i), T(0));
     }
     d_errors(d_weights);
     d_keys(d_weights);
-    if (d_base != nullptr) add(memory_.size(), d_base, d_weights);
-    if (anchor != nullptr) {
-      add(memory_.size(), d_weights, grad);
-      add(memory_.size(), d_weights, d_anchor);
+    for (int64_t i = 0; i < memory_.depth(); ++i) {
+      const int64_t size = memory_.numbers(i);
+      if (!d_base.empty()) add(size, d_base[i], d_weights[i]);
+      if (anchor.empty()) continue;
+      add(size, d_weights[i], grad[i]);
+      add(size, d_weights[i], d_anchor[i]);
     }
   }
 
@@ -129,17 +135,15 @@ class Chunk {
   }
 
   // Keys through the weights the chunk starts from: z, x, slope, bend, the last error and its norm.
-  void keys(const Fields<const T>& in, const T* old, const T* anchor) {
+  void keys(const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor) {
     const auto& m = memory_;
     const int64_t last = m.depth() - 1;
     x_[0] = in.k;
     for (int64_t i = 0; i <= last; ++i) {
-      const T* u = old + m.begins[i];
-      w_.resize(m.depth());
-      w_[i] = u;
-      if (anchor != nullptr) {
-        std::copy_n(u, m.numbers(i), weights_[i]);
-        add(m.numbers(i), anchor + m.begins[i], weights_[i]);
+      w_[i] = old[i];
+      if (!anchor.empty()) {
+        std::copy_n(old[i], m.numbers(i), weights_[i]);
+        add(m.numbers(i), anchor[i], weights_[i]);
         w_[i] = weights_[i];
       }
       if (i == last) break;
@@ -191,7 +195,8 @@ class Chunk {
 
   // Queries through the weights after each token, the last layer into y; without y not so far, as a backward pass
   // needs it.
-  void reads(const Fields<const T>& in, const T* old, const T* anchor, T* y) {
+  void reads(
+      const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor, T* y) {
     const auto& m = memory_;
     const int64_t last = m.depth() - 1;
     a_[0] = in.q;
@@ -206,10 +211,9 @@ class Chunk {
       T* out = i == last ? y : out_[i];
       product<T, Into::kSet, false, Causal::kLeft>(m.tokens, m.tokens, to, mixed_[i], d_[i], out);
       for (int64_t b = 0; b < m.blocks; ++b) {
-        const T* matrix = old + b * m.size() + m.begins[i];
-        product<T, Into::kAddScaled>(m.tokens, from, to, a_[i], matrix, out, {in.read_of(b)});
+        product<T, Into::kAddScaled>(m.tokens, from, to, a_[i], old[b * m.depth() + i], out, {in.read_of(b)});
       }
-      if (anchor != nullptr) product<T, Into::kAdd>(m.tokens, from, to, a_[i], anchor + m.begins[i], out);
+      if (!anchor.empty()) product<T, Into::kAdd>(m.tokens, from, to, a_[i], anchor[i], out);
       if (i == last) return;
       T* slope = out_slope_.empty() ? nullptr : out_slope_[i];
       m.jet(m.tokens * to, out, const_cast<T*>(a_[i + 1]), slope, nullptr);
@@ -217,24 +221,23 @@ class Chunk {
   }
 
   // The new blocks: transition old + x^T diag(write) d.
-  void writes(const Fields<const T>& in, const T* old, T* next) {
+  void writes(const Fields<const T>& in, const Matrices<const T>& old, const Matrices<T>& next) {
     const auto& m = memory_;
-    for (int64_t b = 0; b < m.blocks; ++b) {  // the old ones are read no later than they may be written over
+    for (int64_t n = 0; n < m.blocks * m.depth(); ++n) {  // the old ones are read no later than they may be written over
+      const int64_t b = n / m.depth(), i = n % m.depth();
       const T* shares = in.transition + b * m.blocks * in.transition_stride;
-      const T *own = old + b * m.size(), *later = own + m.size();
       const Vector<T> kept(shares[b * in.transition_stride]);
       if (b + 1 == m.blocks) {
-        each_vector<T>(m.size(), [&](int64_t n) { (Vector<T>::loadu(own + n) * kept).store(next + b * m.size() + n); });
+        each_vector<T>(m.numbers(i), [&](int64_t at) { (Vector<T>::loadu(old[n] + at) * kept).store(next[n] + at); });
       } else {
+        const T* later = old[n + m.depth()];
         const Vector<T> share(shares[(b + 1) * in.transition_stride]);
-        each_vector<T>(m.size(), [&](int64_t n) {
-          const Vector<T> part = Vector<T>::loadu(later + n) * share;
-          at::vec::fmadd(Vector<T>::loadu(own + n), kept, part).store(next + b * m.size() + n);
+        each_vector<T>(m.numbers(i), [&](int64_t at) {
+          const Vector<T> part = Vector<T>::loadu(later + at) * share;
+          at::vec::fmadd(Vector<T>::loadu(old[n] + at), kept, part).store(next[n] + at);
         });
       }
-      for (int64_t i = 0; i < m.depth(); ++i) {
-        add_outer(i, x_[i], d_[i], in.write_of(b), next + b * m.size() + m.begins[i]);
-      }
+      add_outer(i, x_[i], d_[i], in.write_of(b), next[n]);
     }
   }
 
@@ -253,7 +256,7 @@ class Chunk {
   }
 
   // From the new blocks' gradients to write, x and d.
-  void d_writes(const Fields<const T>& in, const Fields<T>& grads, const T* grad) {
+  void d_writes(const Fields<const T>& in, const Fields<T>& grads, const Matrices<T>& grad) {
     const auto& m = memory_;
     for (int64_t b = 0; b < m.blocks; ++b) {
       const T* scale = in.write_of(b);
@@ -261,7 +264,7 @@ class Chunk {
       std::fill_n(dots, m.tokens * Vector<T>::size(), T(0));
       for (int64_t i = 0; i < m.depth(); ++i) {
         const int64_t from = m.widths[i], to = m.widths[i + 1];
-        const T* g = grad + b * m.size() + m.begins[i];
+        const T* g = grad[b * m.depth() + i];
         transpose(from, to, g, flipped_);
         if (m.widens(i)) {
           product<T, Into::kPull>(m.tokens, to, from, d_[i], flipped_, d_x_[i], {scale, x_[i], dots});
@@ -276,28 +279,34 @@ class Chunk {
   }
 
   // From the new blocks' gradients to the old ones' and to transition.
-  void d_transition(const Fields<const T>& in, const T* old, const Fields<T>& grads, T* grad) {
+  void d_transition(
+      const Fields<const T>& in, const Matrices<const T>& old, const Fields<T>& grads, const Matrices<T>& grad) {
     const auto& m = memory_;
-    const int64_t stride = in.transition_stride;
-    if (m.blocks == 1) {
-      grads.transition[0] = dot(m.size(), grad, old);
-      const Vector<T> kept(in.transition[0]);
-      each_vector<T>(m.size(), [&](int64_t n) { (Vector<T>::loadu(grad + n) * kept).store(grad + n); });
-      return;
-    }
-    const Vector<T> kept(in.transition[0]), share(in.transition[stride]), later_kept(in.transition[3 * stride]);
+    const int64_t depth = m.depth(), stride = in.transition_stride;
+    const Vector<T> kept(in.transition[0]);
     Vector<T> of_kept(T(0)), of_share(T(0)), of_later(T(0));
-    const T* later = old + m.size();
-    T* later_grad = grad + m.size();
-    each_vector<T>(m.size(), [&](int64_t n) {
-      const Vector<T> g = Vector<T>::loadu(grad + n), h = Vector<T>::loadu(later_grad + n);
-      const Vector<T> s = Vector<T>::loadu(later + n);
-      of_kept = at::vec::fmadd(g, Vector<T>::loadu(old + n), of_kept);
-      of_share = at::vec::fmadd(g, s, of_share);
-      of_later = at::vec::fmadd(h, s, of_later);
-      (g * kept).store(grad + n);
-      at::vec::fmadd(h, later_kept, g * share).store(later_grad + n);
-    });
+    for (int64_t i = 0; i < depth && m.blocks == 1; ++i) {
+      each_vector<T>(m.numbers(i), [&](int64_t at) {
+        const Vector<T> g = Vector<T>::loadu(grad[i] + at);
+        of_kept = at::vec::fmadd(g, Vector<T>::loadu(old[i] + at), of_kept);
+        (g * kept).store(grad[i] + at);
+      });
+    }
+    grads.transition[0] = sum_of(of_kept);
+    if (m.blocks == 1) return;
+    const Vector<T> share(in.transition[stride]), later_kept(in.transition[3 * stride]);
+    for (int64_t i = 0; i < depth; ++i) {
+      T *own_grad = grad[i], *later_grad = grad[depth + i];
+      each_vector<T>(m.numbers(i), [&](int64_t at) {
+        const Vector<T> g = Vector<T>::loadu(own_grad + at), h = Vector<T>::loadu(later_grad + at);
+        const Vector<T> s = Vector<T>::loadu(old[depth + i] + at);
+        of_kept = at::vec::fmadd(g, Vector<T>::loadu(old[i] + at), of_kept);
+        of_share = at::vec::fmadd(g, s, of_share);
+        of_later = at::vec::fmadd(h, s, of_later);
+        (g * kept).store(own_grad + at);
+        at::vec::fmadd(h, later_kept, g * share).store(later_grad + at);
+      });
+    }
     grads.transition[0] = sum_of(of_kept);
     grads.transition[stride] = sum_of(of_share);
     grads.transition[2 * stride] = 0;  // from a block to a later one nothing flows
@@ -306,8 +315,8 @@ class Chunk {
 
   // From the reads, last layer first: out = diag(read) a old + mixed d + a anchor.
   void d_reads(
-      const Fields<const T>& in, const T* old, const T* anchor, const T* d_y, const Fields<T>& grads, T* grad,
-      T* d_anchor) {
+      const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor, const T* d_y,
+      const Fields<T>& grads, const Matrices<T>& grad, const Matrices<T>& d_anchor) {
     const auto& m = memory_;
     const int64_t last = m.depth() - 1, tokens = m.tokens;
     const int64_t vectors = tokens * Vector<T>::size();
@@ -323,21 +332,20 @@ class Chunk {
       product<T, Into::kSet, false, Causal::kLeft>(tokens, tokens, from, d_score_, x_[i], d_a);
       product<T, Into::kAdd, true, Causal::kLeft>(tokens, tokens, from, d_score_, a_[i], d_x_[i]);
       for (int64_t b = 0; b < m.blocks; ++b) {
-        const T* matrix = old + b * m.size() + m.begins[i];
         const T* flipped = flipped_;
-        if (b == 0 && anchor == nullptr) {
+        if (b == 0 && anchor.empty()) {
           flipped = flipped_weights_[i];
         } else {
-          transpose(from, to, matrix, flipped_);
+          transpose(from, to, old[b * m.depth() + i], flipped_);
         }
         product<T, Into::kPull>(
             tokens, to, from, d_out, flipped, d_a, {in.read_of(b), a_[i], dots_ + b * vectors});
-        add_outer(i, a_[i], d_out, in.read_of(b), grad + b * m.size() + m.begins[i]);
+        add_outer(i, a_[i], d_out, in.read_of(b), grad[b * m.depth() + i]);
       }
-      if (anchor != nullptr) {
-        transpose(from, to, anchor + m.begins[i], flipped_);
+      if (!anchor.empty()) {
+        transpose(from, to, anchor[i], flipped_);
         product<T, Into::kAdd>(tokens, to, from, d_out, flipped_, d_a);
-        product<T, Into::kAdd, true>(from, tokens, to, a_[i], d_out, d_anchor + m.begins[i]);
+        product<T, Into::kAdd, true>(from, tokens, to, a_[i], d_out, d_anchor[i]);
       }
       if (i == 0) break;
       multiply(tokens * from, d_a, out_slope_[i - 1], d_out_);
@@ -391,7 +399,7 @@ class Chunk {
   }
 
   // The errors, first layer first: e = d_next w_next^T, d = e * act'.
-  void d_errors(T* d_weights) {
+  void d_errors(const Matrices<T>& d_weights) {
     const auto& m = memory_;
     const int64_t last = m.depth() - 1;
     for (int64_t i = 0; i < last; ++i) {
@@ -405,7 +413,7 @@ class Chunk {
       });
       const int64_t from = m.widths[i + 1], to = m.widths[i + 2];
       product<T, Into::kAdd>(m.tokens, from, to, product_, w_[i + 1], d_d_[i + 1]);
-      product<T, Into::kAdd, true>(from, m.tokens, to, product_, d_[i + 1], d_weights + m.begins[i + 1]);
+      product<T, Into::kAdd, true>(from, m.tokens, to, product_, d_[i + 1], d_weights[i + 1]);
     }
     if (m.loss_scale == 1) return;
     const Vector<T> scale(m.loss_scale);
@@ -415,11 +423,11 @@ class Chunk {
   }
 
   // The keys, last layer first: z = x w, x_next = act(z); the gradient of the last z is minus that of the last error.
-  void d_keys(T* d_weights) {
+  void d_keys(const Matrices<T>& d_weights) {
     const auto& m = memory_;
     for (int64_t i = m.depth() - 1; i >= 0; --i) {
       const int64_t from = m.widths[i], to = m.widths[i + 1];
-      T* to_weights = d_weights + m.begins[i];
+      T* to_weights = d_weights[i];
       if (i == m.depth() - 1) {
         product<T, Into::kSubtract>(m.tokens, to, from, d_d_[i], flipped_weights_[i], d_x_[i]);
         product<T, Into::kSubtract, true>(from, m.tokens, to, x_[i], d_d_[i], to_weights);
@@ -455,9 +463,9 @@ class Chunk {
   // A layer each. Inputs, errors and outputs are those of ``ChunkWork``; w are the weights at the chunk's start.
   std::vector<const T*> x_, a_, w_;
   std::vector<T*> z_, e_, d_, out_, slope_, bend_, out_slope_, score_, mixed_, weights_, flipped_weights_;
-  std::vector<T*> norm_x_, norm_d_, d_x_, d_d_, d_z_;
+  std::vector<T*> norm_x_, norm_d_, d_x_, d_d_, d_z_, d_weights_;
   // A token each, or for the work of a moment.
-  T *factor_, *flipped_, *scaled_, *d_score_, *dots_, *product_, *d_a_, *d_out_, *d_weights_;
+  T *factor_, *flipped_, *scaled_, *d_score_, *dots_, *product_, *d_a_, *d_out_;
 };
 
 }  // namespace memzoo

@@ -19,12 +19,10 @@ template <typename T>
 Memory<T> memory_of(
     const std::vector<Tensor>& inputs, const std::vector<int64_t>& widths, const std::string& activation,
     double loss_scale, std::optional<double> limit) {
-  std::vector<int64_t> begins{0};
-  for (size_t i = 0; i + 1 < widths.size(); ++i) begins.push_back(begins.back() + widths[i] * widths[i + 1]);
   std::optional<T> own_limit;
   if (limit) own_limit = static_cast<T>(*limit);
-  return {inputs[3].size(2),     inputs.back().size(1),      widths,   begins,
-          jet_of<T>(activation), static_cast<T>(loss_scale), own_limit};
+  return {inputs[3].size(2), inputs.back().size(1), widths, jet_of<T>(activation),
+          static_cast<T>(loss_scale), own_limit};
 }
 
 // The coefficients of row ``row`` in chunk ``j``, of tensors mix (n, R, C, C), read and write (n, k, R, C, 1) and
@@ -85,65 +83,93 @@ Gates<P> gates_of(const std::vector<Tensor>& tensors, int64_t place) {
   return {at(0), at(1), at(2), at(3)};
 }
 
-template <typename T>
-const T* rows_of(const std::optional<Tensor>& tensor, int64_t row, int64_t size) {
-  return tensor ? tensor->data_ptr<T>() + row * size : nullptr;
+// The matrices of row ``row``, of tensors (R, d_{l-1}, d_l).
+template <typename P>
+Matrices<P> matrices_of(const std::vector<Tensor>& tensors, int64_t row) {
+  Matrices<P> matrices;
+  for (const Tensor& t : tensors) matrices.push_back(t.data_ptr<std::remove_const_t<P>>() + row * t.stride(0));
+  return matrices;
 }
 
-// Fill y, error_norm and base, and states behind the first, which are ``stride`` elements apart; 0 keeps the last alone.
+// The matrices of all blocks at ``data``, where they lie one after the other.
+template <typename P, typename T>
+Matrices<P> packed_matrices(const Memory<T>& memory, P* data) {
+  Matrices<P> matrices;
+  for (int64_t n = 0; n < memory.blocks * memory.depth(); ++n) {
+    matrices.push_back(data);
+    data += memory.numbers(n % memory.depth());
+  }
+  return matrices;
+}
+
+// Fill y, error_norm, ends and base. The blocks between chunks go to ``inner`` (n - 1 or 1, R, numbers), the second to
+// be written over by every chunk.
 void scan(
-    std::vector<Tensor> inputs, std::optional<Tensor> anchor, Tensor last, Tensor states, int64_t stride, Tensor y,
-    Tensor error_norm, Tensor base, std::vector<int64_t> widths, std::string activation, double loss_scale,
-    std::optional<double> limit) {
-  AT_DISPATCH_FLOATING_TYPES(states.scalar_type(), "neural_memory_scan", [&] {
+    std::vector<Tensor> inputs, std::vector<Tensor> start, std::vector<Tensor> anchor, Tensor last, Tensor inner,
+    Tensor y, Tensor error_norm, std::vector<Tensor> ends, std::vector<Tensor> base, std::vector<int64_t> widths,
+    std::string activation, double loss_scale, std::optional<double> limit) {
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "neural_memory_scan", [&] {
     const auto memory = memory_of<scalar_t>(inputs, widths, activation, loss_scale, limit);
-    const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1), size = memory.size();
+    const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1), kept = inner.size(0);
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      Chunk<scalar_t> chunk(memory, anchor.has_value(), false);
+      Chunk<scalar_t> chunk(memory, !anchor.empty(), false);
       Rows<scalar_t> q(inputs[0], memory.tokens), k(inputs[1], memory.tokens), v(inputs[2], memory.tokens);
       Rows<scalar_t> reads(y, memory.tokens);
       for (int64_t row = begin; row < end; ++row) {
-        const scalar_t* fixed = rows_of<scalar_t>(anchor, row, size);
-        scalar_t* old = states.data_ptr<scalar_t>() + row * memory.blocks * size;
-        for (int64_t j = 0; j < chunks; ++j, old += stride) {
-          if (j == last.data_ptr<int32_t>()[row]) std::copy_n(old, size, base.data_ptr<scalar_t>() + row * size);
+        const auto fixed = matrices_of<const scalar_t>(anchor, row);
+        auto old = matrices_of<const scalar_t>(start, row);
+        const auto at_base = matrices_of<scalar_t>(base, row);
+        for (int64_t j = 0; j < chunks; ++j) {
+          auto next = matrices_of<scalar_t>(ends, row);
+          if (j + 1 < chunks) {
+            scalar_t* place = inner.data_ptr<scalar_t>() + (std::min(j, kept - 1) * rows + row) * inner.size(2);
+            next = packed_matrices(memory, place);
+          }
+          for (int64_t i = 0; j == last.data_ptr<int32_t>()[row] && i < memory.depth(); ++i) {
+            std::copy_n(old[i], memory.numbers(i), at_base[i]);
+          }
           auto fields = coefficients_of<const scalar_t>(inputs, 3, j, row);
           fields.q = q.gather(j, row), fields.k = k.gather(j, row), fields.v = v.gather(j, row);
           scalar_t* norms = error_norm.data_ptr<scalar_t>() + (j * rows + row) * memory.tokens;
-          chunk.forward(fields, old, fixed, old + stride, reads.room(), norms);
+          chunk.forward(fields, old, fixed, next, reads.room(), norms);
           reads.scatter(j, row);
+          old.assign(next.begin(), next.end());
         }
       }
     });
   });
 }
 
-// Fill grads; d_states holds the gradients of the last blocks and is left with those of the first, d_anchor is added to.
+// Fill grads; d_start holds the gradients of the last blocks and is left with those of the first, d_anchor is added to.
 void scan_gradients(
-    std::vector<Tensor> inputs, std::optional<Tensor> anchor, Tensor last, Tensor states, Tensor d_y, Tensor d_base,
-    std::vector<Tensor> grads, Tensor d_states, Tensor d_anchor, std::vector<int64_t> widths, std::string activation,
-    double loss_scale, std::optional<double> limit) {
-  AT_DISPATCH_FLOATING_TYPES(states.scalar_type(), "neural_memory_scan_gradients", [&] {
+    std::vector<Tensor> inputs, std::vector<Tensor> start, std::vector<Tensor> anchor, Tensor last, Tensor inner,
+    Tensor d_y, std::vector<Tensor> d_base, std::vector<Tensor> grads, std::vector<Tensor> d_start,
+    std::vector<Tensor> d_anchor, std::vector<int64_t> widths, std::string activation, double loss_scale,
+    std::optional<double> limit) {
+  AT_DISPATCH_FLOATING_TYPES(d_y.scalar_type(), "neural_memory_scan_gradients", [&] {
     const auto memory = memory_of<scalar_t>(inputs, widths, activation, loss_scale, limit);
-    const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1), size = memory.size();
+    const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1);
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      Chunk<scalar_t> chunk(memory, anchor.has_value(), true);
+      Chunk<scalar_t> chunk(memory, !anchor.empty(), true);
       Rows<scalar_t> q(inputs[0], memory.tokens), k(inputs[1], memory.tokens), v(inputs[2], memory.tokens);
       Rows<scalar_t> d_q(grads[0], memory.tokens), d_k(grads[1], memory.tokens), d_v(grads[2], memory.tokens);
       Rows<scalar_t> d_reads(d_y, memory.tokens);
       for (int64_t row = begin; row < end; ++row) {
-        scalar_t* grad = d_states.data_ptr<scalar_t>() + row * memory.blocks * size;
-        scalar_t* of_anchor = d_anchor.data_ptr<scalar_t>() + row * size;
+        const auto fixed = matrices_of<const scalar_t>(anchor, row);
+        const auto grad = matrices_of<scalar_t>(d_start, row), of_anchor = matrices_of<scalar_t>(d_anchor, row);
         for (int64_t j = chunks - 1; j >= 0; --j) {
+          auto old = matrices_of<const scalar_t>(start, row);
+          if (j > 0) {
+            const scalar_t* place = inner.data_ptr<scalar_t>() + ((j - 1) * rows + row) * inner.size(2);
+            old = packed_matrices(memory, place);
+          }
+          Matrices<const scalar_t> of_base;
+          if (j == last.data_ptr<int32_t>()[row]) of_base = matrices_of<const scalar_t>(d_base, row);
           auto fields = coefficients_of<const scalar_t>(inputs, 3, j, row);
           fields.q = q.gather(j, row), fields.k = k.gather(j, row), fields.v = v.gather(j, row);
           auto to = coefficients_of<scalar_t>(grads, 3, j, row);
           to.q = d_q.room(), to.k = d_k.room(), to.v = d_v.room();
-          const bool is_last = j == last.data_ptr<int32_t>()[row];
-          chunk.backward(
-              fields, states.data_ptr<scalar_t>() + (j * rows + row) * memory.blocks * size,
-              rows_of<scalar_t>(anchor, row, size), d_reads.gather(j, row),
-              is_last ? d_base.data_ptr<scalar_t>() + row * size : nullptr, to, grad, of_anchor);
+          chunk.backward(fields, old, fixed, d_reads.gather(j, row), of_base, to, grad, of_anchor);
           d_q.scatter(j, row), d_k.scatter(j, row), d_v.scatter(j, row);
         }
       }
