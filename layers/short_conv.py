@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from memzoo.layers.errors import check_choice, check_positive, check_width
 from memzoo.layers.ops.backend import check_backend
+from memzoo.layers.ops.cpp_library import require_compiler
 from memzoo.layers.ops.short_conv import ACTIVATIONS, BACKENDS, short_conv
 from memzoo.layers.state import State
 
@@ -26,7 +27,7 @@ class ShortConv(nn.Module):
         width: Taps of a filter, the current token's among them.
         activation: ``"silu"`` or None.
         bias: Add a learned bias before the activation.
-        backend: ``"auto"``, ``"torch"`` or ``"causal_conv1d"``, as in ``ops.short_conv``.
+        backend: ``"auto"``, ``"torch"``, ``"causal_conv1d"`` or ``"cpp"``, as in ``ops.short_conv``.
 
     Shape:
         x: (batch, time, channels). lengths: (batch,). cu_seqlens: (N + 1,), for which batch must be 1.
@@ -51,6 +52,8 @@ class ShortConv(nn.Module):
         check_positive("width", width, "it counts the current token; 4 is usual")
         check_choice("activation", activation, ACTIVATIONS)
         check_backend(backend, BACKENDS)
+        if backend == "cpp":
+            require_compiler()
         self.activation = activation
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(channels, width))

@@ -11,8 +11,10 @@ from memzoo.layers.ops.backend import check_backend
 from memzoo.layers.ops.mamba_kernels import choose_conv, conv_by_kernel
 from memzoo.layers.ops.once_differentiable import once_differentiable
 from memzoo.layers.ops.segment_grid import check_ragged
+from memzoo.layers.ops.short_conv_cpp import choose_cpp, filter_by_cpp
+from memzoo.layers.ops.short_conv_plain import plain_gradients
 
-BACKENDS = ("torch", "causal_conv1d")
+BACKENDS = ("torch", "causal_conv1d", "cpp")
 ACTIVATIONS = ("silu", None)
 BLOCK = 2**18
 """Numbers that are convolved at a time on the CPU, 1 MiB of float32."""
@@ -43,7 +45,9 @@ def short_conv(
         cu_seqlens: Where each of N segments in the one row begins, and where the last one ends. None of them sees
             another; an empty one keeps its state. Not together with ``lengths``.
         backend: ``"torch"``, ``"causal_conv1d"``, or ``"auto"``, which takes causal-conv1d where it is installed and
-            applies: on CUDA, widths of 2 to 4, channels in multiples of 8, no ``lengths`` and no ``cu_seqlens``.
+            applies: on CUDA, widths of 2 to 4, channels in multiples of 8, no ``lengths`` and no ``cu_seqlens``; or
+            ``"cpp"``, a kernel for CPUs that is compiled when it is first used. It computes in float32 at least; calls
+            of fewer than 64 tokens or with ``cu_seqlens`` go to torch.
 
     Shape:
         x: (batch, time, channels). weight: (channels, width). bias: (channels,). lengths: (batch,).
@@ -69,18 +73,26 @@ def short_conv(
     if lengths is not None:  # a NaN to the right of a row's end would reach the weight's gradient as 0 * NaN
         x = x.masked_fill(torch.arange(time, device=x.device)[:, None] >= lengths[:, None, None], 0)
     tail = x.new_zeros(batch, width - 1, channels) if state is None else state.to(x.dtype)
+    if choose_cpp(backend, x):
+        return filter_by_cpp(x, tail, weight, bias, activation), _last_inputs(x, tail, lengths)
     padded = torch.cat((tail, x), dim=1)
     if by_kernel:
         y = conv_by_kernel(padded, weight, bias, activation)
     else:
         y = _Filter.apply(padded, weight, bias, activation)
+    return y.to(x.dtype), _last_inputs(x, tail, lengths)
 
+
+def _last_inputs(x: Tensor, tail: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the tail after ``x``, in memory of its own, since a view would keep all of ``x``."""
+    reach = tail.shape[1]
     if lengths is None:
-        tail = padded[:, time:].clone(memory_format=torch.contiguous_format)  # a view would keep all of `padded`
-    else:
-        last = lengths[:, None] + torch.arange(width - 1, device=x.device)
-        tail = padded.take_along_dim(last[..., None], dim=1)
-    return y.to(x.dtype), tail
+        joined = torch.cat((tail, x[:, max(x.shape[1] - reach, 0) :]), dim=1)
+        return joined[:, joined.shape[1] - reach :].clone(memory_format=torch.contiguous_format)
+    place = lengths[:, None] - reach + torch.arange(reach, device=x.device)
+    own = x.take_along_dim(place.clamp_min(0)[..., None], dim=1)
+    old = tail.take_along_dim((place + reach).clamp_max(max(reach - 1, 0))[..., None], dim=1)
+    return torch.where(place[..., None] >= 0, own, old)
 
 
 class _Filter(torch.autograd.Function):
@@ -114,7 +126,7 @@ class _Filter(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         padded, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # to differentiate once more
-            return *_plain_gradients(padded, weight, bias, ctx.activation, d_y), None
+            return *plain_gradients(padded, weight, bias, ctx.activation, d_y), None
         taps = weight.mT.contiguous()
         reach, total = len(taps) - 1, torch.promote_types(d_y.dtype, torch.float32)
         d_padded, d_taps = padded.new_empty(padded.shape, dtype=d_y.dtype), taps.new_zeros(taps.shape, dtype=total)
@@ -133,21 +145,6 @@ class _Filter(torch.autograd.Function):
             _add_taps_backward(own, given, taps, d_padded[:, here], d_taps)
         d_bias = None if bias is None or d_bias is None else d_bias.to(bias.dtype)
         return d_padded.to(padded.dtype), d_taps.mT.to(weight.dtype), d_bias, None
-
-
-def _plain_gradients(
-    padded: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, d_y: Tensor
-) -> list[Tensor | None]:
-    """Return the gradients of ``_Filter``'s tensors by operators that have gradients themselves."""
-    time = d_y.shape[1]
-    shifted = [padded[:, i : i + time].to(d_y.dtype) for i in range(weight.shape[1])]
-    y = (torch.stack(shifted, -1) * weight).sum(-1)
-    y = y if bias is None else y + bias
-    y = F.silu(y) if activation == "silu" else y
-    given = [padded, weight, bias]
-    wanted = [t for t in given if t is not None and t.requires_grad]
-    grads = iter(torch.autograd.grad(y, wanted, d_y, create_graph=True))
-    return [next(grads) if t is not None and t.requires_grad else None for t in given]
 
 
 def _add_taps(y: Tensor, padded: Tensor, taps: Tensor, bias: Tensor | None = None) -> None:
