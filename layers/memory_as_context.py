@@ -158,7 +158,8 @@ class MemoryAsContext(SequenceMixer):
             asked = self.memory.num_heads * self.memory.head_dim
             self.retrieval_query = nn.Linear(dim, asked, bias=False)
             if self.memory.conv is not None:
-                self.retrieval_conv = ShortConv(asked, width=self.memory.conv.weight.shape[1], activation="silu")
+                like = self.memory.conv
+                self.retrieval_conv = ShortConv(asked, width=like.weight.shape[1], backend=like.backend)
         self.gate = MemoryGate(dim, form=gate)
         self.out = nn.Linear(dim, dim, bias=False)
 

@@ -82,8 +82,8 @@ class NeuralMemory(SequenceMixer):
             Longhorn (arXiv 2407.14207). Only of a linear memory with ``chunk_size=1``.
         checkpoint_chunks: Keep only the state before every so many chunks for the backward pass and compute the rest
             again; None keeps everything. Equal gradients, less memory, more time.
-        backend: Of the memory's scan: "auto" or "torch"; "triton" for one kernel on a GPU, of a memory of two layers,
-            see ``memzoo.layers.ops.neural_memory``.
+        backend: Of the memory's scan: "auto" or "torch"; "cpp" for a kernel on the CPU, which the convolution then has
+            too; "triton" for one on a GPU, of a memory of two layers. See ``memzoo.layers.ops.neural_memory``.
 
     Shape:
         x: (batch, time, dim). mask, doc_ids: (batch, time). Returns (batch, time, dim) and ``NeuralMemoryState``.

@@ -85,9 +85,10 @@ def neural_memory(
         lengths: Tokens that exist in each row, from the left; all by default. Outputs past them are zero.
         checkpoint_chunks: Keep for the backward pass only the state before every so many chunks and compute the rest
             again, group by group: memory for one group's work instead of all. None keeps everything.
-        backend: "torch"; "auto", which is the same; or "triton", one kernel forward and one backward on a GPU, of a
-            memory of two layers without ``norm``. It takes calls of at least a chunk with a ``position`` that is a
-            number and begins a chunk; others go to torch.
+        backend: "torch"; "auto", which is the same; "cpp" or "triton", one kernel forward and one backward without
+            ``norm`` and ``checkpoint_chunks``: the first on a CPU, compiled when it is first used, of widths and chunks
+            that 16 divides; the second on a GPU, of a memory of two layers. They take calls of at least a chunk with a
+            ``position`` that is a number and begins a chunk; others go to torch.
 
     Shape:
         q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha: (batch, time, heads).

@@ -13,8 +13,10 @@ from benchmark_cases.neural_memory import unit_keys
 from benchmark_cases.products import context_products
 from memzoo.arch.compiled_step import CompiledStep, check_compiler
 from memzoo.arch.titans_mac import TitansMAC
+from memzoo.layers.ops import cpp_library
 
 OURS = "memzoo TitansMAC (per-token gates, conv, retrieval)"
+IN_CPP = "memzoo TitansMAC, memory in C++"
 RECOMPUTED = "memzoo TitansMAC, checkpoint_blocks={}"
 COMPILED = "memzoo TitansMAC, CompiledStep"
 MOVING = "titans-pytorch 0.5.5, memory moves every segment (gates a chunk)"
@@ -70,7 +72,7 @@ class Setting:
         with torch.device("meta"):
             return 4 * sum(p.numel() for p in self.ours().parameters())
 
-    def ours(self, *, checkpoint_blocks: bool | int = False) -> TitansMAC:
+    def ours(self, *, checkpoint_blocks: bool | int = False, backend: str = "auto") -> TitansMAC:
         """Return our model."""
         return TitansMAC(
             self.vocab_size,
@@ -79,7 +81,7 @@ class Setting:
             segment_size=self.segment_size,
             num_persistent_tokens=self.num_persistent_tokens,
             num_heads=self.num_heads,
-            memory={"memory_depth": 2, "memory_expansion": 2.0, "chunk_size": self.segment_size},
+            memory={"memory_depth": 2, "memory_expansion": 2.0, "chunk_size": self.segment_size, "backend": backend},
             hidden_dim=self.hidden_dim,
             tie_embeddings=False,
             checkpoint_blocks=checkpoint_blocks,
@@ -136,9 +138,9 @@ def _train(model: nn.Module, loss: Callable[[Tensor], Tensor], vocab_size: int, 
     return work
 
 
-def train_ours(setting: Setting, batch: int, time: int, *, checkpoint_blocks: bool | int = False) -> Work:
+def train_ours(setting: Setting, batch: int, time: int, **options: Any) -> Work:
     """One training step, the optimiser's part left out."""
-    model = setting.ours(checkpoint_blocks=checkpoint_blocks)
+    model = setting.ours(**options)
 
     def loss(tokens: Tensor) -> Tensor:
         logits, _ = model(tokens[:, :-1])
@@ -230,11 +232,18 @@ def cases(
             "mac",
             f"Titans MAC, training: {sizes}; batch {batch}, {time} tokens; forward and backward of the loss",
             [
+                Variant(
+                    IN_CPP,
+                    lambda: train_ours(s, batch, time, backend="cpp"),
+                    batch * time,
+                    products,
+                    missing=cpp_library.obstacle(),
+                ),
                 Variant(OURS, lambda: train_ours(s, batch, time), batch * time, products),
                 *(trained(name, time, **options) for name, options in wiring.items()),
                 trained(short, few, chunk=1),
             ],
-            note=NOTE + floor,
+            note=f"{NOTE} In C++: memory={{'backend': 'cpp'}}.{floor}",
             targets={MOVING: 3.0, short: 3.0},
             most_memory={MOVING: 0.5, short: 0.5},
         ),

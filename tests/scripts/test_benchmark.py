@@ -32,7 +32,7 @@ def bench():
 
 @pytest.fixture(scope="module")
 def setting(bench):
-    return bench.titans_mac.Setting(32, 32, 2, num_heads=2, segment_size=8, num_persistent_tokens=3, hidden_dim=64)
+    return bench.titans_mac.Setting(32, 32, 2, num_heads=2, segment_size=16, num_persistent_tokens=3, hidden_dim=64)
 
 
 @pytest.fixture
