@@ -162,6 +162,7 @@ def run_env(command: str, options: list[str]) -> None:
     _parser(command, "Show versions, devices and optional backends.").parse_args(options)
     import torch
 
+    from memzoo.layers.ops import cpp_library
     from memzoo.layers.ops.backend import report
 
     table = _facts()
@@ -177,6 +178,7 @@ def run_env(command: str, options: list[str]) -> None:
         table.add_row("cuda", "no device")
     for library, words in report().items():
         table.add_row(f"backend {library}", words)
+    table.add_row("backend cpp", cpp_library.report())
     _show(table)
 
 

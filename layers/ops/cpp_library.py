@@ -48,6 +48,12 @@ def obstacle() -> str | None:
     return None
 
 
+def report() -> str:
+    """Return a few words on what compiles C++ here, and for which vectors."""
+    missing = obstacle()
+    return f"missing: {missing}" if missing else f"{compiler()}, {torch.backends.cpu.get_cpu_capability()}, usable"
+
+
 def compiler() -> str | None:
     """Return the path of the C++ compiler that PyTorch will call, or None."""
     return shutil.which(os.environ.get("CXX", "c++"))

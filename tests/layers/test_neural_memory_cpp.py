@@ -224,8 +224,10 @@ def test_values_of_another_width_and_other_devices() -> None:
 
 
 def test_what_is_missing_to_compile_is_said_when_the_layer_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (cpp_library.obstacle() is None) == cpp_library.report().endswith(", usable")
     monkeypatch.setattr(cpp_library, "is_installed", lambda library: library != "ninja")
     monkeypatch.setattr(cpp_library.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert cpp_library.report().startswith("missing: the package ninja")
     with pytest.raises(ValueError, match=r"the package ninja is not installed; pip install 'memzoo\[cpp\]', or use"):
         NeuralMemory(**SIZES, backend="cpp")
     monkeypatch.setattr(cpp_library.shutil, "which", lambda name: None)

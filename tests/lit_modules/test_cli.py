@@ -144,6 +144,7 @@ def test_env_shows_versions_and_backends(capsys):
     shown = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in shown
     assert "backend flash_attn" in shown
+    assert "backend cpp" in shown
 
 
 def test_looking_imports_neither_lightning_nor_more_than_it_needs():
