@@ -13,8 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from memzoo.layers import MemoryAsContext
 from memzoo.layers.neural_memory import NeuralMemory
 from memzoo.layers.ops import cpp_library
 from memzoo.layers.ops import neural_memory_fused as fused
@@ -297,3 +299,21 @@ def test_compiled_for_lesser_processors_they_are_the_same(capability: str, tmp_p
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     assert len(list((tmp_path / "memzoo").glob("neural_memory-*.so"))) == 1
+
+
+@needs_cpp
+@pytest.mark.parametrize("residual", [True, False])
+def test_memory_as_context_trains_on_them(residual: bool) -> None:
+    torch.manual_seed(0)
+    memory = dict(chunk_size=16, backend="cpp", decay_to_init=residual, max_gradient_norm=1.0 if residual else None)
+    layer = MemoryAsContext(
+        32, num_heads=2, segment_size=64, num_persistent_tokens=3, shared_query=False, residual=residual, memory=memory
+    ).double()
+    x, probe = (torch.randn(2, 150, 32, dtype=torch.float64) for _ in range(2))
+    results = []
+    for backend in ("cpp", "torch"):
+        layer.memory.backend = layer.memory.conv.backend = layer.retrieval_conv.backend = backend
+        y, state = layer(x)
+        grads = torch.autograd.grad((y * probe).sum(), list(layer.parameters()), allow_unused=True)
+        results.append([y, *tree_leaves(state), *(g for g in grads if g is not None)])
+    assert_close(*results)
