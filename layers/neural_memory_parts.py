@@ -105,7 +105,7 @@ def check_options(
     check_choice("read", read, ("post", "pre"))
     check_backend(backend, BACKENDS)
     if backend == "cpp":
-        require_compiler()
+        require_compiler("neural_memory")
     for name, value in (
         ("max_learning_rate", max_learning_rate),
         ("loss_scale", loss_scale),
@@ -134,7 +134,7 @@ def check_options(
         residual_norm=residual_norm,
         checkpoint_chunks=checkpoint_chunks,
         head_dim=head_dim,
-        hidden_width=hidden_width(head_dim, memory_expansion),
+        hidden_widths=[hidden_width(head_dim, memory_expansion)] * (memory_depth - 1),
         chunk_size=chunk_size,
     )
     if implicit_step and (chunk_size, memory_depth, residual_norm) != (1, 1, False):

@@ -53,7 +53,7 @@ class ShortConv(nn.Module):
         check_choice("activation", activation, ACTIVATIONS)
         check_backend(backend, BACKENDS)
         if backend == "cpp":
-            require_compiler()
+            require_compiler("short_conv")
         self.activation = activation
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(channels, width))

@@ -1,4 +1,4 @@
-"""Backends: which optional CUDA libraries are here, asked without importing them."""
+"""Backends: which optional libraries are here, asked without importing them, and how a backend is refused."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -17,7 +17,7 @@ LIBRARIES = {
     "causal_conv1d": "causal-conv1d",
     "triton": "triton",
 }
-"""Import name -> distribution of every optional library."""
+"""Import name -> distribution of every optional library of kernels."""
 
 
 @cache

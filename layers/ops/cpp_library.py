@@ -7,8 +7,10 @@ library, and a library appears there whole or not at all.
 """
 
 import hashlib
+import json
 import os
 import shutil
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -26,14 +28,13 @@ VECTORS = {
 """What a compiler may use, by what torch found the processor to have (``torch.backends.cpu.get_cpu_capability``)."""
 
 
-def require_compiler() -> None:
-    """Require what compiles C++ here.
+def require_compiler(name: str) -> None:
+    """Require what compiles ``kernels/cpp/<name>.cpp`` here, unless that was done before.
 
     Raises:
         ValueError: It is missing.
     """
-    missing = obstacle()
-    if missing is not None:
+    if not library_of(name).exists() and (missing := obstacle()) is not None:
         refuse("cpp", missing)
 
 
@@ -42,8 +43,8 @@ def obstacle() -> str | None:
     if sys.platform == "win32":
         return "its kernels are not compiled on Windows; use Linux or macOS"
     if compiler() is None:
-        return "no C++ compiler was found; install one (g++ or clang++), name it by CXX"
-    if not is_installed("ninja"):
+        return f"no C++ compiler was found by the name {_named()!r}; install g++ or clang++, name one program by CXX"
+    if not is_installed("ninja") and shutil.which("ninja") is None:
         return "the package ninja is not installed; pip install 'memzoo[cpp]'"
     return None
 
@@ -54,9 +55,14 @@ def report() -> str:
     return f"missing: {missing}" if missing else f"{compiler()}, {torch.backends.cpu.get_cpu_capability()}, usable"
 
 
+def _named() -> str:
+    """The program that PyTorch will call; it takes all of CXX for one."""
+    return os.environ.get("CXX") or "c++"
+
+
 def compiler() -> str | None:
-    """Return the path of the C++ compiler that PyTorch will call, or None."""
-    return shutil.which(os.environ.get("CXX", "c++"))
+    """Return its path, or None."""
+    return shutil.which(_named())
 
 
 def flags() -> list[str]:
@@ -73,20 +79,37 @@ def load(name: str) -> None:
     """Register the operators of ``kernels/cpp/<name>.cpp``, compiled if that was not done before (some ten seconds).
 
     Raises:
-        ValueError: There is no compiler.
+        ValueError: It has to be compiled, and there is no compiler.
         RuntimeError: The compiler failed, whose words are in the message, or there is no place for what it made.
     """
-    library = _folder() / f"{name}-{_digest()}.so"
-    if library.exists() or not _build(name, library):
-        torch.ops.load_library(str(library))
+    library = library_of(name)
+    if not library.exists():
+        require_compiler(name)
+        _build(name, library)
+    torch.ops.load_library(str(library))
 
 
-def _build(name: str, library: Path) -> bool:
-    """Compile and register; return False if another process has compiled it meanwhile."""
+def library_of(name: str) -> Path:
+    """Return where what ``kernels/cpp/<name>.cpp`` is compiled to lies, or will lie."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions") / "memzoo"
+    digest = hashlib.sha256(repr((torch.__version__, _named(), flags())).encode())
+    for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return folder / f"{name}-{digest.hexdigest()[:16]}.so"
+
+
+BUILD = """
+import json, sys
+from torch.utils import cpp_extension
+cpp_extension.load(**json.loads(sys.argv[1]), is_python_module=False)
+"""
+
+
+def _build(name: str, library: Path) -> None:
+    """Compile, in a process of its own: PyTorch loads what it has made, and remembers in a process what it tried."""
     from filelock import FileLock  # torch requires it
-    from torch.utils import cpp_extension
 
-    require_compiler()
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(library.parent, os.W_OK):
@@ -94,35 +117,32 @@ def _build(name: str, library: Path) -> bool:
     except OSError as error:
         remedy = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
         raise RuntimeError(f"cannot write to {library.parent} ({error}); {remedy}, or use backend='auto'") from error
-    with FileLock(library.with_suffix(".lock")), TemporaryDirectory(dir=library.parent) as folder:
-        if library.exists():
-            return False
-        made = Path(folder) / f"{library.stem}.so"
-        try:
-            cpp_extension.load(
-                library.stem,
-                str(SOURCES / f"{name}.cpp"),
-                extra_cflags=flags(),
-                build_directory=folder,
-                is_python_module=False,
+    with FileLock(library.with_suffix(".lock")):
+        if library.exists():  # another process was faster
+            return
+        prefix = f"{library.stem}-"
+        for left in library.parent.glob(f"{prefix}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with TemporaryDirectory(prefix=prefix, dir=library.parent) as folder:
+            source = SOURCES / f"{name}.cpp"
+            asked = dict(name=name, sources=[str(source)], extra_cflags=flags(), build_directory=folder)
+            done = subprocess.run(
+                [sys.executable, "-c", BUILD, json.dumps(asked)],
+                env=os.environ | {"PATH": os.pathsep.join([*_folders_of_ninja(), os.environ.get("PATH", "")])},
+                capture_output=True,
+                text=True,
+                check=False,
             )
-        except (RuntimeError, OSError) as error:
-            raise RuntimeError(
-                f"{compiler()} could not compile {SOURCES / name}.cpp; use backend='auto', or another compiler by "
-                f"CXX. It says:\n{error}"
-            ) from error
-        made.replace(library)
-    return True
+            made = Path(folder) / f"{name}.so"
+            if done.returncode or not made.exists():
+                raise RuntimeError(
+                    f"{_named()} could not compile {source}; use backend='auto', or another compiler by CXX. It says:\n"
+                    f"{done.stdout}{done.stderr}"
+                )
+            made.replace(library)
 
 
-def _folder() -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions") / "memzoo"
-
-
-def _digest() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(repr((torch.__version__, compiler(), flags())).encode())
-    return digest.hexdigest()[:16]
+def _folders_of_ninja() -> list[str]:
+    """Where its package has put the program, which need not be on the PATH if the environment was not activated."""
+    scripts = Path(sys.executable).parent
+    return [str(scripts)] if (scripts / "ninja").exists() else []

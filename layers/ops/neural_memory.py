@@ -206,7 +206,7 @@ def neural_memory_scan(
         )
         first = tuple(w - m for w, m in zip(start, anchor, strict=True)) if anchor else start
         norm_rows = () if norm is None else tuple(t.to(dtype).repeat(batch, 1)[:, None] for t in norm)
-        backend = choose_fused(backend, settings, checkpoint_chunks, chunk_size, q, v, start[0].shape[-1])
+        backend = choose_fused(backend, settings, checkpoint_chunks, chunk_size, (q, k, v), start)
         settings, carry = replace(settings, backend=backend), (*first, *past)
         if backend == "torch":
             inputs = (grid.cut(q), grid.cut(k), grid.cut(v), theta, eta, alpha)

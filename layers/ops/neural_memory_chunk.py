@@ -42,7 +42,7 @@ class ChunkSettings:
         has_anchor: Forgetting decays towards given weights, not towards zero.
         has_norm: A residual and a LayerNorm, whose gain and bias are given, surround the network.
         keeps_work: A backward pass may follow.
-        backend: What scans the chunks, of ``neural_memory_fused.BACKENDS``.
+        backend: What scans the chunks, of ``neural_memory_fused.BACKENDS``: this module, or a kernel.
     """
 
     depth: int

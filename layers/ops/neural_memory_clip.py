@@ -38,8 +38,9 @@ def clip_backward(x: list[Tensor], d: list[Tensor], clip: Tensor, d_x: list[Tens
     acts = written & (clip < 1)
     d_squared = torch.where(acts, d_clip * clip / (-2 * _squared_norms(x, raw)), 0)
     for i, u in enumerate(raw):
-        d_d[i].mul_(clip).addcmul_(u, 2 * d_squared * x[i].square().sum(-1, keepdim=True))
-        d_x[i].addcmul_(x[i], 2 * d_squared * u.square().sum(-1, keepdim=True))
+        of_x, of_u = (t.square().sum(-1, keepdim=True) for t in (x[i], u))  # infinite, perhaps, of a dropped token
+        d_d[i].mul_(clip).addcmul_(u, torch.where(acts, 2 * d_squared * of_x, 0))
+        d_x[i].addcmul_(x[i], torch.where(acts, 2 * d_squared * of_u, 0))
     return raw
 
 

@@ -12,10 +12,10 @@ from memzoo.layers.ops.backend import refuse
 from memzoo.layers.ops.cpp_library import load
 
 STEP = 16
-"""Divides all widths and the chunk: the numbers of one vector, of two or of four."""
+"""Divides all widths and the chunk, so that vectors and blocks of every processor do."""
 
 
-def check_sizes(*, memory_depth: int, head_dim: int, hidden_width: int, chunk_size: int) -> None:
+def check_sizes(*, memory_depth: int, head_dim: int, hidden_widths: Sequence[int], chunk_size: int) -> None:
     """Require a memory that the kernels take; any depth is one.
 
     Raises:
@@ -24,9 +24,9 @@ def check_sizes(*, memory_depth: int, head_dim: int, hidden_width: int, chunk_si
     for name, size in {"head_dim": head_dim, "chunk_size": chunk_size}.items():
         if size % STEP:
             refuse("cpp", f"{name}={size}; use a multiple of {STEP}")
-    if memory_depth > 1 and hidden_width % STEP:
-        obstacle = f"memory_expansion gives a head {hidden_width} hidden units"
-        refuse("cpp", f"{obstacle}; use one with which {STEP} divides them")
+    for width in hidden_widths:
+        if width % STEP:
+            refuse("cpp", f"memory_expansion gives a head {width} hidden units; use one with which {STEP} divides them")
 
 
 def check_place(q: Tensor) -> None:

@@ -25,7 +25,7 @@ BACKENDS = ("torch", *KERNELS)
 
 
 def check_fused(
-    backend: str, *, residual_norm: bool, checkpoint_chunks: int | None, memory_depth: int, **sizes: int
+    backend: str, *, residual_norm: bool, checkpoint_chunks: int | None, memory_depth: int, **sizes: Any
 ) -> None:
     """Require a memory that the kernels of ``backend`` take; "auto" and "torch" take all.
 
@@ -43,9 +43,9 @@ def check_fused(
 
 
 def choose_fused(
-    backend: str, settings: ChunkSettings, group: int | None, chunk_size: int, q: Tensor, v: Tensor, hidden_width: int
+    backend: str, settings: ChunkSettings, group: int | None, chunk_size: int, tokens: Tensors, weights: Tensors
 ) -> str:
-    """Return the backend that q and v (batch, time, heads, d) are scanned by, one of ``BACKENDS``.
+    """Return the backend that q, k, v (batch, time, heads, d) are scanned by, one of ``BACKENDS``.
 
     Kernels only if asked for: "auto" takes torch. So do calls of fewer tokens than a chunk, those whose first token is
     not known to begin one (rows that go on from a state are anywhere), and those on the meta device.
@@ -55,22 +55,22 @@ def choose_fused(
         settings: Of the chunks.
         group: ``checkpoint_chunks``.
         chunk_size: Of the model.
-        q: Queries.
-        v: Values.
-        hidden_width: Of the memory.
+        tokens: Queries, keys and values.
+        weights: Of the memory.
 
     Raises:
         ValueError: They were asked for, and memory, device or dtype are none of theirs.
     """
     if backend not in KERNELS:
         return "torch"
+    q, k, v = tokens
     check_fused(
         backend,
         memory_depth=settings.depth,
         residual_norm=settings.has_norm,
         checkpoint_chunks=group,
         head_dim=q.shape[-1],
-        hidden_width=hidden_width,
+        hidden_widths=[w.shape[-1] for w in weights[:-1]],
         chunk_size=chunk_size,
     )
     if v.shape[-1] != q.shape[-1]:
@@ -78,7 +78,8 @@ def choose_fused(
     if settings.has_base or q.shape[1] < chunk_size or q.is_meta:
         return "torch"
     KERNELS[backend].check_place(q)
-    return backend
+    elsewhere = any(t.device != q.device for t in (k, v, *weights))
+    return "torch" if elsewhere else backend  # torch says what is where
 
 
 class FusedScan(torch.autograd.Function):
@@ -187,7 +188,9 @@ def _results(
 ) -> list[Tensor]:
     v, mix, blocks = inputs[2], inputs[NUM_ROWS], inputs[-1].shape[1]
     between = mix.shape[0] - 1
-    inner = v.new_empty(between if keeps_states else min(between, 1), mix.shape[1], sum(t[0].numel() for t in start))
+    inner = v.new_empty(
+        between if keeps_states else min(between, 1), mix.shape[1], sum(t.shape[1:].numel() for t in start)
+    )
     states = [t.new_empty(t.shape) for t in (*start, *start[: len(start) // blocks])]
     return [v.new_empty(v.shape), v.new_empty(mix.shape[:-1]), inner, *states]
 

@@ -18,7 +18,7 @@ PARTS = (32, 16)
 """Hidden units that a program works on at a time: the first that divides their number."""
 
 
-def check_sizes(*, memory_depth: int, head_dim: int, hidden_width: int, chunk_size: int) -> None:
+def check_sizes(*, memory_depth: int, head_dim: int, hidden_widths: Sequence[int], chunk_size: int) -> None:
     """Require a memory that the kernels take.
 
     Raises:
@@ -29,8 +29,9 @@ def check_sizes(*, memory_depth: int, head_dim: int, hidden_width: int, chunk_si
     for name, size in {"head_dim": head_dim, "chunk_size": chunk_size}.items():
         if size not in SIZES:
             refuse("triton", f"{name}={size}; use one of {', '.join(map(str, SIZES))}")
-    if hidden_width % min(PARTS):
-        obstacle = f"memory_expansion gives a head {hidden_width} hidden units"
+    [width] = hidden_widths
+    if width % min(PARTS):
+        obstacle = f"memory_expansion gives a head {width} hidden units"
         refuse("triton", f"{obstacle}; use one with which {min(PARTS)} divides them")
 
 
@@ -147,7 +148,7 @@ def _pack(parts: Sequence[Tensor]) -> Tensor:
 
 def _unpack(packed: Tensor, into: Sequence[Tensor]) -> None:
     """Undo ``_pack``; of what is packed and has no place nothing is kept."""
-    parts = packed.split([t[0].numel() for t in into], 1) if into else ()
+    parts = packed.split([t.shape[1:].numel() for t in into], 1) if into else ()
     for part, to in zip(parts, into, strict=True):
         to.flatten(1).copy_(part)
 

@@ -18,6 +18,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the arguments,
     "plain": (dict(batch=1, time=48, heads=2, dim=16, hidden=16), dict(read="pre", keep=())),
     "no momentum": (dict(time=35, heads=1, dim=32, hidden=16), dict(activation="gelu", keep=("anchor",), eta=None)),
     "relu": (dict(time=16, heads=1, dim=16, hidden=48), dict(activation="relu", keep=("momentum",))),
+    "relu at zero": (
+        dict(time=32, heads=1, dim=16, hidden=16),
+        dict(activation="relu", keep=("momentum",), odd={"k": 0.0}),
+    ),
     "identity": (dict(time=17, heads=1, dim=16, hidden=16), dict(activation="identity", keep=("momentum",))),
     "a low limit": (dict(time=33, heads=1, dim=16, hidden=32), dict(max_gradient_norm=0.2, keep=("momentum",))),
     "tokens that overflow": (

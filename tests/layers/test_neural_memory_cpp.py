@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from memzoo.layers import MemoryAsContext
+from memzoo.layers import MemoryAsContext, ShortConv
 from memzoo.layers.neural_memory import NeuralMemory
 from memzoo.layers.ops import cpp_library
 from memzoo.layers.ops import neural_memory_fused as fused
 from memzoo.layers.ops.neural_memory import neural_memory, neural_memory_scan
+from memzoo.layers.ops.neural_memory_tables import chunk_coefficients
 from memzoo.layers.reference.neural_memory import neural_memory as loop
 from tests.layers.fused_scan_cases import CASES, call, distance, prepare
 from tests.layers.neural_memory_cases import assert_close, gradients, make_case, random_cases, without
@@ -71,6 +72,39 @@ def test_of_any_size_they_are_the_loop_s(
     case = without(case, "base", "anchor")
     options = dict(chunk_size=chunk, read=read)
     assert_close(neural_memory(**case, **options, backend="cpp"), loop(**case, **options))
+
+
+@needs_cpp
+@pytest.mark.parametrize("read", ["post", "pre"])
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_the_coefficients_are_those_of_torch(read: str, momentum: bool, ragged: bool) -> None:
+    torch.manual_seed(0)
+    gates = [torch.rand(2, 3, 32, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    real = torch.rand(2, 3, 32) < 0.7 if ragged else None
+    theta, eta, alpha = gates
+    results = []
+    for backend in ("cpp", "torch"):
+        found = chunk_coefficients(theta, eta if momentum else None, alpha, real, read, backend)
+        draw = torch.Generator().manual_seed(1)
+        probes = [torch.randn(t.shape, generator=draw, dtype=t.dtype) for t in found]
+        probes[0] = probes[0].tril(0 if read == "post" else -1)  # above that no gradient comes
+        total = sum((t * probe).sum() for t, probe in zip(found, probes, strict=True))
+        results.append([*found, *torch.autograd.grad(total, [theta, alpha, *([eta] if momentum else [])])])
+    assert_close(*results)
+
+
+@needs_cpp
+def test_an_infinite_error_stops_where_the_activation_is_off() -> None:
+    case = without(make_case(time=16, heads=1, dim=16, hidden=32), "base", "anchor")
+    case["v"][:, 5] = 1e300
+    case["weights"] = tuple(w * 1e10 for w in case["weights"])
+    results = []
+    for backend in ("cpp", "torch"):
+        _, weights, _ = neural_memory(**case, chunk_size=16, activation="relu", backend=backend)
+        results.append([weights[0].isfinite(), weights[1].isfinite()])
+    assert 0 < results[1][0].sum() < results[1][0].numel()
+    assert_close(*results)
 
 
 @needs_cpp
@@ -189,6 +223,15 @@ def test_a_second_derivative_is_refused() -> None:
         first.sum().backward()
 
 
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of compiled extensions that is empty at first."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    cpp_library.load.cache_clear()
+    yield tmp_path
+    cpp_library.load.cache_clear()
+
+
 SIZES: dict[str, Any] = dict(dim=64, num_heads=4, chunk_size=16)
 
 
@@ -209,10 +252,29 @@ def test_a_memory_that_the_kernels_do_not_take_is_refused_when_it_is_built(optio
 
 
 @needs_cpp
+def test_every_hidden_layer_must_fit() -> None:
+    case = without(make_case(time=16, heads=1, dim=16, hidden=16, depth=3), "base", "anchor", "momentum")
+    first, second, third = case["weights"]
+    case["weights"] = first, second.repeat(1, 1, 1, 2)[..., :24], third.repeat(1, 1, 2, 1)[..., :24, :]
+    with pytest.raises(ValueError, match="a head 24 hidden units; use one with which 16 divides them"):
+        neural_memory(**case, chunk_size=16, backend="cpp")
+
+
+@needs_cpp
+def test_an_empty_batch_is_one() -> None:
+    y, state = NeuralMemory(32, num_heads=2, chunk_size=16, backend="cpp")(torch.zeros(0, 80, 32))
+    assert y.shape == (0, 80, 32)
+    assert state.weights[0].shape[0] == 0
+
+
+@needs_cpp
 def test_values_of_another_width_and_other_devices() -> None:
     case = without(make_case(time=16, heads=1, dim=16, hidden=16, value_dim=32), "base", "anchor")
     with pytest.raises(ValueError, match="v has width 32, q has 16; use equal widths"):
         neural_memory(**case, chunk_size=16, backend="cpp")
+    case = without(make_case(time=16, heads=1, dim=16, hidden=16), "base", "anchor")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        neural_memory(**case | {"k": case["k"].to("meta")}, chunk_size=16, backend="cpp")
     layer = NeuralMemory(**SIZES, backend="cpp").to("meta")
     y, state = layer(torch.randn(2, 40, 64, device="meta"))
     assert y.shape == (2, 40, 64)
@@ -225,21 +287,26 @@ def test_values_of_another_width_and_other_devices() -> None:
         fused.KERNELS["cpp"].check_place(OnDevice())
 
 
-def test_what_is_missing_to_compile_is_said_when_the_layer_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_to_compile_is_said_when_the_layer_is_built(
+    monkeypatch: pytest.MonkeyPatch, own_folder: Path
+) -> None:
     assert (cpp_library.obstacle() is None) == cpp_library.report().endswith(", usable")
     monkeypatch.setattr(cpp_library, "is_installed", lambda library: library != "ninja")
-    monkeypatch.setattr(cpp_library.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert cpp_library.report().startswith("missing: the package ninja")
+    monkeypatch.setattr(cpp_library.shutil, "which", lambda name: None if name == "ninja" else f"/usr/bin/{name}")
     with pytest.raises(ValueError, match=r"the package ninja is not installed; pip install 'memzoo\[cpp\]', or use"):
         NeuralMemory(**SIZES, backend="cpp")
-    monkeypatch.setattr(cpp_library.shutil, "which", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"no C\+\+ compiler was found; install one \(g\+\+ or clang\+\+\), name it by"
-    ):
+    assert cpp_library.report().startswith("missing: the package ninja")
+    monkeypatch.setattr(cpp_library.shutil, "which", lambda name: "/bin/ninja" if name == "ninja" else None)
+    monkeypatch.setenv("CXX", "ccache g+++")
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler was found by the name 'ccache g\+\+\+'; install g\+\+ or"):
         NeuralMemory(**SIZES, backend="cpp")
+    library = cpp_library.library_of("neural_memory")  # compiled before, it needs none
+    library.parent.mkdir()
+    library.write_bytes(b"")
+    assert NeuralMemory(**SIZES, backend="cpp", conv_width=None).backend == "cpp"
     monkeypatch.setattr(cpp_library.sys, "platform", "win32")
     with pytest.raises(ValueError, match="not compiled on Windows; use Linux or macOS, or use backend='auto'"):
-        NeuralMemory(**SIZES, backend="cpp")
+        ShortConv(16, backend="cpp")
 
 
 def test_flags_are_those_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,27 +321,38 @@ def test_flags_are_those_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
         assert (expected in flags) if expected else not any(flag.startswith("-m") for flag in flags)
 
 
-@pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of compiled extensions that is empty at first."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    cpp_library.load.cache_clear()
-    yield tmp_path
-    cpp_library.load.cache_clear()
-
-
 @needs_cpp
-def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_quoted_and_the_next_try_is_a_fresh_one(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failing = own_folder / "failing"
     failing.write_text(
         '#!/bin/sh\n[ "$1" = -v ] || [ "$1" = -dumpfullversion ] && exec c++ "$@"\necho no luck; exit 1\n'
     )
     failing.chmod(0o755)
-    monkeypatch.setenv("CXX", str(failing))
     case = without(make_case(time=16, heads=1, dim=16, hidden=16), "base", "anchor")
-    with pytest.raises(RuntimeError, match=r"(?s)failing could not compile .*use backend='auto'.*no luck"):
-        neural_memory(**case, chunk_size=16, backend="cpp")
+    monkeypatch.setenv("CXX", str(failing))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"(?s)failing could not compile .*use backend='auto'.*no luck"):
+            neural_memory(**case, chunk_size=16, backend="cpp")
     assert not [path for path in (own_folder / "memzoo").iterdir() if path.suffix != ".lock"]
+
+
+@needs_cpp
+@pytest.mark.slow
+def test_what_a_killed_build_left_is_swept_and_the_kernel_is_compiled_once(own_folder: Path) -> None:
+    library = cpp_library.library_of("short_conv")
+    left = library.parent / f"{library.stem}-abc"
+    left.mkdir(parents=True)
+    (left / "half.o").write_text("")
+    code = (
+        "import torch; from memzoo.layers import ShortConv; ShortConv(16, backend='cpp')(torch.randn(1, 64, 16)); "
+        "from memzoo.layers.ops import cpp_library; print(cpp_library.library_of('short_conv').stat().st_mtime_ns)"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    times = {run.communicate()[0] for run in runs}
+    assert len(times) == 1
+    assert {path.name for path in library.parent.iterdir()} == {library.name, library.with_suffix(".lock").name}
 
 
 @needs_cpp

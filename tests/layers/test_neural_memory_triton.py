@@ -158,13 +158,14 @@ FITTING = ChunkSettings(2, 2, "silu", 1.0, None, False, False, False, True)
 
 
 def test_it_is_taken_where_it_is_asked_for_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = torch.empty(2, 4, 64, 64)
+    rows, weights = torch.empty(2, 64, 4, 64), (torch.empty(8, 64, 128), torch.empty(8, 128, 64))
     with pytest.raises(ValueError, match="q is on cpu"):
-        fused.choose_fused("triton", FITTING, None, 64, rows, rows, 128)
+        fused.choose_fused("triton", FITTING, None, 64, (rows, rows, rows), weights)
     monkeypatch.setattr(backend, "check_place", lambda q: None)
 
     def chosen(name: str, settings: ChunkSettings, width: int = 64, time: int = 64) -> str:
-        return fused.choose_fused(name, settings, None, 64, rows[:, :, :time], rows[:, :, :time, :width], 128)
+        q, v = rows[:, :time], rows[:, :time, :, :width]
+        return fused.choose_fused(name, settings, None, 64, (q, q, v), weights)
 
     assert chosen("triton", FITTING) == "triton"
     assert chosen("auto", FITTING) == "torch"

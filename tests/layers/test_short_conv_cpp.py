@@ -133,5 +133,6 @@ def test_another_device_and_a_missing_compiler_are_named(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="backend='cpp' does not apply: x is on cuda; move the input to the CPU, or"):
         short_conv_cpp.choose_cpp("cpp", OnDevice())
     monkeypatch.setattr(cpp_library.shutil, "which", lambda name: None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")
     with pytest.raises(ValueError, match=r"no C\+\+ compiler was found"):
         ShortConv(8, backend="cpp")

@@ -172,7 +172,7 @@ class Chunk {
       if (i || keeps_all) transpose(m.widths[i], m.widths[i + 1], w_[i], flipped);
       if (!i) break;
       product<T, Into::kSet>(m.tokens, m.widths[i + 1], m.widths[i], d_[i], flipped, e_[i - 1]);
-      multiply(m.tokens * m.widths[i], e_[i - 1], slope_[i - 1], d_[i - 1]);
+      pull(m.tokens * m.widths[i], e_[i - 1], slope_[i - 1], d_[i - 1]);
     }
     if (!m.limit) return;
     const T most = *m.limit * *m.limit;
@@ -348,7 +348,7 @@ class Chunk {
         product<T, Into::kAdd, true>(from, tokens, to, a_[i], d_out, d_anchor[i]);
       }
       if (i == 0) break;
-      multiply(tokens * from, d_a, out_slope_[i - 1], d_out_);
+      pull(tokens * from, d_a, out_slope_[i - 1], d_out_);
       d_out = d_out_;
     }
     for (int64_t b = 0; b < m.blocks; ++b) sum_vectors(tokens, dots_ + b * vectors, grads.read_of(b));
@@ -365,7 +365,6 @@ class Chunk {
       at::vec::fmadd(g, Vector<T>::loadu(score + t * tokens + i), sum).store(into + i);
       (g * Vector<T>::loadu(mix + t * tokens + i)).store(d + i);
     });
-    std::fill(into + t + 1, into + width, T(0));
   }
 
   // From the limited errors to the raw ones, which d then holds; see ``clip_backward``.
@@ -404,13 +403,9 @@ class Chunk {
     const int64_t last = m.depth() - 1;
     for (int64_t i = 0; i < last; ++i) {
       const int64_t size = m.tokens * m.widths[i + 1];
-      each_vector<T>(size, [&](int64_t n) {
-        const Vector<T> d_d = Vector<T>::loadu(d_d_[i] + n), bend = Vector<T>::loadu(bend_[i] + n);
-        const Vector<T> curved = d_d * Vector<T>::loadu(e_[i] + n) * bend;
-        // An infinite error may meet no curve at all.
-        Vector<T>::blendv(curved, Vector<T>(T(0)), bend == Vector<T>(T(0))).store(d_z_[i] + n);
-        (d_d * Vector<T>::loadu(slope_[i] + n)).store(product_ + n);
-      });
+      multiply(size, d_d_[i], e_[i], d_z_[i]);
+      pull(size, d_z_[i], bend_[i], d_z_[i]);
+      pull(size, d_d_[i], slope_[i], product_);
       const int64_t from = m.widths[i + 1], to = m.widths[i + 2];
       product<T, Into::kAdd>(m.tokens, from, to, product_, w_[i + 1], d_d_[i + 1]);
       product<T, Into::kAdd, true>(from, m.tokens, to, product_, d_[i + 1], d_weights[i + 1]);
@@ -436,15 +431,22 @@ class Chunk {
         product<T, Into::kAdd, true>(from, m.tokens, to, x_[i], d_z_[i], to_weights);
       }
       if (i == 0) return;
-      each_vector<T>(m.tokens * from, [&](int64_t n) {
-        const Vector<T> d_x = Vector<T>::loadu(d_x_[i] + n), slope = Vector<T>::loadu(slope_[i - 1] + n);
-        at::vec::fmadd(d_x, slope, Vector<T>::loadu(d_z_[i - 1] + n)).store(d_z_[i - 1] + n);
-      });
+      pull(m.tokens * from, d_x_[i], slope_[i - 1], product_);
+      add(m.tokens * from, product_, d_z_[i - 1]);
     }
   }
 
   static void multiply(int64_t size, const T* x, const T* y, T* to) {
     each_vector<T>(size, [&](int64_t i) { (Vector<T>::loadu(x + i) * Vector<T>::loadu(y + i)).store(to + i); });
+  }
+
+  // to = g f', zero where f' is: an infinite error may meet an activation that is off.
+  static void pull(int64_t size, const T* g, const T* slope, T* to) {
+    const Vector<T> zero(T(0));
+    each_vector<T>(size, [&](int64_t i) {
+      const Vector<T> s = Vector<T>::loadu(slope + i);
+      Vector<T>::blendv(Vector<T>::loadu(g + i) * s, zero, s == zero).store(to + i);
+    });
   }
 
   void squared_norms(int64_t width, const T* rows, T* norms) const {

@@ -19,6 +19,8 @@ template <typename T>
 Memory<T> memory_of(
     const std::vector<Tensor>& inputs, const std::vector<int64_t>& widths, const std::string& activation,
     double loss_scale, std::optional<double> limit) {
+  TORCH_CHECK(inputs[3].size(2) % 16 == 0, "chunks of ", inputs[3].size(2), " tokens; 16 must divide them");
+  for (int64_t width : widths) TORCH_CHECK(width % 16 == 0, "a width of ", width, "; 16 must divide it");
   std::optional<T> own_limit;
   if (limit) own_limit = static_cast<T>(*limit);
   return {inputs[3].size(2), inputs.back().size(1), widths, jet_of<T>(activation),

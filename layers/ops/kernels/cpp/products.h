@@ -151,10 +151,13 @@ inline void each_vector(int64_t size, const Pass& pass) {
   for (int64_t i = 0; i < size; i += Vector<T>::size()) pass(i);
 }
 
-// Numbers of row t of a triangular matrix, up to the end of the vector with the diagonal.
+// Numbers of row t of a triangular matrix, up to the end of the vector or block, whichever is longer, with the diagonal:
+// those that products write and read.
 template <typename T>
 inline int64_t causal_width(int64_t t) {
-  return (t / Vector<T>::size() + 1) * Vector<T>::size();
+  constexpr int64_t step = std::max<int64_t>(Vector<T>::size(), kBlockRows);
+  static_assert(16 % Vector<T>::size() == 0 && 16 % kBlockRows == 0);
+  return (t / step + 1) * step;
 }
 
 template <typename T>
