@@ -163,8 +163,8 @@ class NeuralMemory(SequenceMixer):
         self.is_online = is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm)
         widths = [head_dim, *[hidden_width(head_dim, memory_expansion)] * (memory_depth - 1), head_dim]
         self.query_key_value = nn.Linear(dim, 3 * inner, bias=False)
-        of_conv = "cpp" if backend == "cpp" else "auto"
-        self.conv = None if conv_width is None else ShortConv(3 * inner, width=conv_width, backend=of_conv)
+        own = "cpp" if backend == "cpp" else "auto"
+        self.conv = None if conv_width is None else ShortConv(3 * inner, width=conv_width, backend=own)
         self.num_gates = num_heads * gate_groups
         self.gates = nn.Linear(dim, (1 + momentum + forgetting) * self.num_gates)  # theta, eta, alpha: those in use
         self.initial_weights = nn.ParameterList(

@@ -7,7 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include "chunk.h"
+#include "chunk_backward.h"
 #include "tables.h"
 
 namespace memzoo {

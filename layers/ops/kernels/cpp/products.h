@@ -39,8 +39,8 @@ class Room {
 constexpr int64_t kBlockRows = sizeof(Vector<float>) == 64 ? 8 : 4;
 constexpr int64_t kBlockVectors = 2;
 
-// What becomes of the product p: c = p, c += p, c -= p; c_t += scale_t p_t for every row t, or that and, on the way back
-// through such a scale, dots_t += p_t . other_t, of which ``dots`` has a vector a row, to be summed in the end.
+// What becomes of the product p: c = p, c += p, c -= p; c_t += scale_t p_t for every row t; or that and, on the way
+// back through such a scale, dots_t += p_t . other_t, of which ``dots`` has a vector a row, to be summed in the end.
 enum class Into { kSet, kAdd, kSubtract, kAddScaled, kPull };
 
 template <typename T>
@@ -151,8 +151,8 @@ inline void each_vector(int64_t size, const Pass& pass) {
   for (int64_t i = 0; i < size; i += Vector<T>::size()) pass(i);
 }
 
-// Numbers of row t of a triangular matrix, up to the end of the vector or block, whichever is longer, with the diagonal:
-// those that products write and read.
+// Numbers of row t of a triangular matrix that products write and read: up to the end of the vector or block, whichever
+// is longer, that holds the diagonal.
 template <typename T>
 inline int64_t causal_width(int64_t t) {
   constexpr int64_t step = std::max<int64_t>(Vector<T>::size(), kBlockRows);
