@@ -7,6 +7,7 @@ library, and a library appears there whole or not at all.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -80,19 +81,30 @@ def load(name: str) -> None:
 
     Raises:
         ValueError: It has to be compiled, and there is no compiler.
-        RuntimeError: The compiler failed, whose words are in the message, or there is no place for what it made.
+        RuntimeError: The compiler failed, whose words are in the message, there is no place for what it made, or what
+            lies there cannot be loaded.
     """
     library = library_of(name)
     if not library.exists():
         require_compiler(name)
         _build(name, library)
-    torch.ops.load_library(str(library))
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise RuntimeError(f"{library} cannot be loaded ({error}); delete it, and it is compiled again") from error
 
 
 def library_of(name: str) -> Path:
-    """Return where what ``kernels/cpp/<name>.cpp`` is compiled to lies, or will lie."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions") / "memzoo"
+    """Return where what ``kernels/cpp/<name>.cpp`` is compiled to lies, or will lie.
+
+    Raises:
+        ValueError: There is no home folder, and no other was named.
+    """
+    named, caches = os.environ.get("TORCH_EXTENSIONS_DIR"), os.environ.get("XDG_CACHE_HOME")
+    home = os.path.expanduser("~")
+    if home == "~" and not named and not caches:
+        refuse("cpp", "there is no home folder to keep what is compiled; set TORCH_EXTENSIONS_DIR to a folder")
+    folder = Path(named or Path(caches or Path(home, ".cache"), "torch_extensions"), "memzoo").absolute()
     digest = hashlib.sha256(repr((torch.__version__, _named(), flags())).encode())
     for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -126,13 +138,22 @@ def _build(name: str, library: Path) -> None:
         with TemporaryDirectory(prefix=prefix, dir=library.parent) as folder:
             source = SOURCES / f"{name}.cpp"
             asked = dict(name=name, sources=[str(source)], extra_cflags=flags(), build_directory=folder)
-            done = subprocess.run(
-                [sys.executable, "-c", BUILD, json.dumps(asked)],
-                env=os.environ | {"PATH": os.pathsep.join([*_folders_of_ninja(), os.environ.get("PATH", "")])},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            paths = {
+                "PATH": os.pathsep.join([*_folders_of_ninja(), os.environ.get("PATH", "")]),
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            }
+            try:
+                done = subprocess.run(
+                    [sys.executable or "python3", "-c", BUILD, json.dumps(asked)],
+                    env=os.environ | paths,
+                    cwd=folder,  # Python looks there for modules first
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+            except OSError as error:
+                obstacle = f"Python cannot be started as {sys.executable!r} to compile {source}: {error}"
+                raise RuntimeError(f"{obstacle}; set sys.executable to its program, or use backend='auto'") from error
             made = Path(folder) / f"{name}.so"
             if done.returncode or not made.exists():
                 raise RuntimeError(
@@ -144,5 +165,7 @@ def _build(name: str, library: Path) -> None:
 
 def _folders_of_ninja() -> list[str]:
     """Where its package has put the program, which need not be on the PATH if the environment was not activated."""
-    scripts = Path(sys.executable).parent
-    return [str(scripts)] if (scripts / "ninja").exists() else []
+    if not is_installed("ninja"):
+        return []
+    folder: str = importlib.import_module("ninja").BIN_DIR
+    return [folder]

@@ -73,7 +73,7 @@ def short_conv(
     if lengths is not None:  # a NaN to the right of a row's end would reach the weight's gradient as 0 * NaN
         x = x.masked_fill(torch.arange(time, device=x.device)[:, None] >= lengths[:, None, None], 0)
     tail = x.new_zeros(batch, width - 1, channels) if state is None else state.to(x.dtype)
-    if choose_cpp(backend, x):
+    if choose_cpp(backend, x, tail, weight, bias):
         return filter_by_cpp(x, tail, weight, bias, activation), _last_inputs(x, tail, lengths)
     padded = torch.cat((tail, x), dim=1)
     if by_kernel:

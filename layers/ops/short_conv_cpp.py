@@ -14,8 +14,10 @@ SLOTS = 64
 """Of a row that are worked on at a time, as in ``kernels/cpp/short_conv.cpp``."""
 
 
-def choose_cpp(backend: str, x: Tensor) -> bool:
+def choose_cpp(backend: str, x: Tensor, *others: Tensor | None) -> bool:
     """Return whether the kernels are to be used: only if asked for, and for no fewer tokens than they take at a time.
+
+    Complex numbers go to torch, and so do tensors on several devices, of which it tells.
 
     Raises:
         ValueError: They were asked for, and the input is not on the CPU.
@@ -24,30 +26,29 @@ def choose_cpp(backend: str, x: Tensor) -> bool:
         return False
     if x.device.type != "cpu":
         refuse(backend, f"x is on {x.device}; move the input to the CPU")
-    return True
+    given = [t for t in (x, *others) if t is not None]
+    return all(t.device == x.device and not t.is_complex() for t in given)
 
 
 def filter_by_cpp(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """Convolve x (batch, time, channels), before which was tail (batch, width - 1, channels), in float32 at least."""
     dtypes = (t.dtype for t in (x, weight, bias) if t is not None)
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    wide = (None if t is None else t.to(dtype) for t in (x, tail, weight, bias))
+    wide = (None if t is None else t.to(dtype).contiguous() for t in (x, tail, weight, bias))
     y: Tensor = CppFilter.apply(*wide, activation)
     return y.to(x.dtype)
 
 
 class CppFilter(torch.autograd.Function):
-    """The filter by the kernels, of tensors of one dtype; a second derivative is PyTorch's."""
+    """The filter by the kernels, of dense tensors of one dtype; a second derivative is PyTorch's."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
     ) -> Tensor:
-        x, tail = x.contiguous(), tail.contiguous()
         ctx.save_for_backward(x, tail, weight, bias)
         ctx.activation = activation
-        own_bias = None if bias is None else bias.contiguous()
-        y: Tensor = convolve(x, tail, weight.mT.contiguous(), own_bias, activation == "silu")
+        y: Tensor = convolve(x, tail, weight.mT.contiguous(), bias, activation == "silu")
         return y
 
     @staticmethod
@@ -58,9 +59,8 @@ class CppFilter(torch.autograd.Function):
             d_padded, *others = plain_gradients(padded, weight, bias, ctx.activation, d_y)
             parts = (None, None) if d_padded is None else (d_padded[:, tail.shape[1] :], d_padded[:, : tail.shape[1]])
             return *parts, *others, None
-        own_bias = None if bias is None else bias.contiguous()
         taps = weight.mT.contiguous()
-        d_x, d_tail, sums = convolve_gradients(x, tail, taps, own_bias, ctx.activation == "silu", d_y.contiguous())
+        d_x, d_tail, sums = convolve_gradients(x, tail, taps, bias, ctx.activation == "silu", d_y.contiguous())
         return d_x, d_tail, sums[:-1].mT, None if bias is None else sums[-1], None
 
 

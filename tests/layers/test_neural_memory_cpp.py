@@ -338,6 +338,42 @@ def test_a_compiler_that_fails_is_quoted_and_the_next_try_is_a_fresh_one(
     assert not [path for path in (own_folder / "memzoo").iterdir() if path.suffix != ".lock"]
 
 
+def test_a_library_that_is_broken_and_a_home_that_is_missing_are_named(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = cpp_library.library_of("short_conv")
+    library.parent.mkdir()
+    library.write_bytes(b"")
+    with pytest.raises(
+        RuntimeError, match=r"short_conv-.*\.so cannot be loaded .*; delete it, and it is compiled again"
+    ):
+        cpp_library.load("short_conv")
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cpp_library.os.path, "expanduser", lambda path: path)
+    with pytest.raises(ValueError, match=r"there is no home folder .*; set TORCH_EXTENSIONS_DIR to a folder"):
+        cpp_library.library_of("short_conv")
+
+
+@needs_cpp
+def test_a_python_that_does_not_start_is_named(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp_library.sys, "executable", "/nowhere/python")
+    with pytest.raises(RuntimeError, match=r"Python cannot be started as '/nowhere/python' .*; set sys\.executable"):
+        cpp_library.load("short_conv")
+
+
+@needs_cpp
+@pytest.mark.slow
+def test_a_folder_with_modules_of_other_names_does_not_disturb(own_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise ImportError('not this one')")
+    code = (
+        "import os, torch; from memzoo.layers.ops.cpp_library import load; "
+        f"os.chdir({str(tmp_path)!r}); load('short_conv')"
+    )
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(own_folder)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
 @needs_cpp
 @pytest.mark.slow
 def test_what_a_killed_build_left_is_swept_and_the_kernel_is_compiled_once(own_folder: Path) -> None:

@@ -82,10 +82,14 @@ def test_it_can_be_differentiated_twice(activation: str | None) -> None:
     given = draw(1, 64, 3, 4)
     results = []
     for backend in ("cpp", "torch"):
-        y, _ = short_conv(**given, activation=activation, backend=backend)
-        first = torch.autograd.grad(y.square().sum(), list(given.values()), create_graph=True)
-        total = sum(g.square().sum() for g in first)
-        results.append(torch.autograd.grad(total, list(given.values())))
+        for dense in (True, False):
+            parts = given if dense else {name: t.mT.contiguous().mT for name, t in given.items() if name != "bias"}
+            y, _ = short_conv(**parts, activation=activation, backend=backend)
+            inputs = [given[name] for name in parts]
+            first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+            total = sum(g.square().sum() for g in first)
+            results.append(torch.autograd.grad(total, inputs))
+    results = [results[:2], results[2:]]
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
@@ -123,6 +127,10 @@ def test_short_calls_and_segments_go_to_torch(monkeypatch: pytest.MonkeyPatch) -
     conv = ShortConv(8, backend="cpp")
     conv(torch.randn(2, 63, 8))
     conv(torch.randn(1, 80, 8), cu_seqlens=torch.tensor([0, 30, 80]))
+    weight = torch.randn(8, 4)
+    assert short_conv(torch.randn(1, 80, 8).to(torch.complex64), weight, backend="cpp")[0].is_complex()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        short_conv(torch.randn(1, 80, 8), weight.to("meta"), backend="cpp")
     assert conv.to("meta")(torch.randn(2, 80, 8, device="meta"))[0].is_meta
 
 
