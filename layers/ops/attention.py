@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from memzoo.layers.ops.attention_cache import append, count_slots, past_slots, take, turn
 from memzoo.layers.ops.attention_checks import check_dropout, check_dtypes, check_heads, check_memory, check_queries
-from memzoo.layers.ops.backend import check_backend, is_installed
+from memzoo.layers.ops.backend import check_backend, is_installed, refuse
 from memzoo.layers.state import MixerState
 
 BACKENDS = ("torch", "flash_attn")
@@ -325,7 +325,7 @@ def _choose_flash(
     }
     obstacle = next((words for words, holds in obstacles.items() if holds), None)
     if obstacle is not None and backend != "auto":
-        raise ValueError(f"backend='flash_attn' does not apply: {obstacle}, or use backend='auto'")
+        refuse("flash_attn", obstacle)
     return obstacle is None
 
 

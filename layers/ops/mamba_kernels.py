@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from memzoo.layers.ops.backend import is_installed
+from memzoo.layers.ops.backend import is_installed, refuse
 from memzoo.layers.ops.once_differentiable import once_differentiable
 from memzoo.layers.ops.segment_grid import chunk_length
 
@@ -103,7 +103,7 @@ def _applies(backend: str, x: Tensor, dtypes: tuple[torch.dtype, ...], obstacles
     }
     obstacle = next((words for words, holds in {**general, **obstacles}.items() if holds), None)
     if obstacle is not None and backend != "auto":
-        raise ValueError(f"backend={backend!r} does not apply: {obstacle}, or use backend='auto'")
+        refuse(backend, obstacle)
     return obstacle is None
 
 

@@ -36,7 +36,7 @@ def clip_backward(x: list[Tensor], d: list[Tensor], clip: Tensor, d_x: list[Tens
     raw = [torch.where(written, d_i / clip, 0) for d_i in d]
     d_clip = torch.stack([(g * u).sum(-1, keepdim=True) for g, u in zip(d_d, raw, strict=True)]).sum(0)
     acts = written & (clip < 1)
-    d_squared = torch.where(acts, d_clip * clip / (-2 * _squared_norms(x, raw)), 0)
+    d_squared = d_clip * clip / (-2 * _squared_norms(x, raw))
     for i, u in enumerate(raw):
         of_x, of_u = (t.square().sum(-1, keepdim=True) for t in (x[i], u))  # infinite, perhaps, of a dropped token
         d_d[i].mul_(clip).addcmul_(u, torch.where(acts, 2 * d_squared * of_x, 0))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memzoo.layers.ops.backend import is_installed
+from memzoo.layers.ops.backend import is_installed, refuse
 from memzoo.layers.ops.precision import no_autocast
 
 LARGEST_KEY = 256
@@ -30,7 +30,7 @@ def choose_fla(backend: str, q: Tensor, v: Tensor) -> bool:
     """
     obstacle = _obstacle(q, v)
     if obstacle and backend == "fla":
-        raise ValueError(f"backend='fla' does not apply: {obstacle}, or use backend='auto'")
+        refuse("fla", obstacle)
     return backend != "torch" and not obstacle and is_installed("fla")
 
 

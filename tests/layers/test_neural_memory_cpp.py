@@ -106,6 +106,16 @@ def test_an_infinite_error_stops_where_the_activation_is_off() -> None:
     assert_close(*results)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_a_key_whose_square_overflows_leaves_nothing_in_the_gradients(backend: str, activation: str) -> None:
+    case = without(make_case(time=32, heads=1, dim=16, hidden=16), "base", "anchor")
+    case["k"][:, [3, 20]] = 1e160
+    weights = tuple(w.requires_grad_() for w in case["weights"])
+    y, *_ = neural_memory(**case, chunk_size=16, activation=activation, max_gradient_norm=1.0, backend=backend)
+    assert all(g.isfinite().all() and g.any() for g in torch.autograd.grad(y.square().sum(), weights))
+
+
 @needs_cpp
 def test_gradients_are_the_loop_s() -> None:
     case = without(make_case(time=40, heads=1, dim=16, hidden=32), "base")

@@ -96,6 +96,7 @@ void short_conv_gradients(
     const auto filter = filter_of<scalar_t>(taps, bias, has_silu);
     const int64_t time = d_y.size(1), channels = filter.channels, width = filter.width, slots = time + width - 1;
     const int64_t parts = parts_of(slots);
+    TORCH_CHECK(d_taps.size(1) == parts, "room for ", d_taps.size(1), " parts of the sums; there are ", parts);
     at::parallel_for(0, d_y.size(0) * parts, 1, [&](int64_t begin, int64_t end) {
       Room<scalar_t> room((kSlots + width) * channels);
       std::vector<const scalar_t*> rows(width);
