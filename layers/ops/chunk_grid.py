@@ -46,9 +46,13 @@ class ChunkGrid:
         position: int | Tensor,
         lengths: Tensor | None,
         device: torch.device,
+        width: int | None = None,
     ) -> "ChunkGrid":
-        """Lay out ``time`` tokens a row, the first at absolute ``position``."""
-        width = min(chunk_size, time)
+        """Lay out ``time`` tokens a row, the first at absolute ``position``.
+
+        The chunks have ``width`` slots, by default no more than they have to: ``chunk_size``, or ``time`` if smaller.
+        """
+        width = width or min(chunk_size, time)
         tokens = torch.arange(time, device=device)
         exists = None if lengths is None else tokens < lengths[:, None]
         if isinstance(position, int) and position % chunk_size == 0:

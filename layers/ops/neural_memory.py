@@ -27,7 +27,7 @@ from memzoo.layers.ops.memory_arguments import (
 )
 from memzoo.layers.ops.neural_memory_chunk import ChunkSettings, base_weights
 from memzoo.layers.ops.neural_memory_chunk_scan import ChunkScan, where
-from memzoo.layers.ops.neural_memory_fused import BACKENDS, FusedScan, choose_fused
+from memzoo.layers.ops.neural_memory_fused import BACKENDS, FusedScan, choose_fused, chunk_width
 from memzoo.layers.ops.neural_memory_norm import normalise
 from memzoo.layers.ops.neural_memory_step import neural_memory_step
 from memzoo.layers.ops.neural_memory_tables import chunk_coefficients
@@ -87,8 +87,7 @@ def neural_memory(
             again, group by group: memory for one group's work instead of all. None keeps everything.
         backend: "torch"; "auto", which is the same; "cpp" or "triton", one kernel forward and one backward without
             ``norm`` and ``checkpoint_chunks``: the first on a CPU, compiled when it is first used, of widths and chunks
-            that 16 divides; the second on a GPU, of a memory of two layers. They take calls of at least a chunk with a
-            ``position`` that is a number and begins a chunk; others go to torch.
+            that 16 divides; the second on a GPU, of a memory of two layers.
 
     Shape:
         q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha: (batch, time, heads).
@@ -181,9 +180,14 @@ def neural_memory_scan(
             trace.signal("surprise", error)
         return y, new_weights, new_momentum, last_base
 
-    grid = ChunkGrid.lay_out(batch, time, heads, chunk_size, position, lengths, q.device)
     with no_autocast(q.device):
         q, k, v = (t.to(dtype) for t in (q, k, v))
+        backend = choose_fused(
+            backend, (q, k, v), weights,
+            chunk_size=chunk_size, residual_norm=norm is not None, checkpoint_chunks=checkpoint_chunks,
+        )  # fmt: skip
+        width = chunk_width(backend, time, chunk_size)
+        grid = ChunkGrid.lay_out(batch, time, heads, chunk_size, position, lengths, q.device, width)
         theta, alpha = (grid.cut(t.to(dtype)) for t in (theta, alpha))
         eta = None if eta is None else grid.cut(eta.to(dtype))
         start, past, given_base, anchor = (to_rows(part, dtype) for part in (weights, momentum, base, anchor))
@@ -203,11 +207,11 @@ def neural_memory_scan(
             has_anchor=len(anchor) > 0,
             has_norm=norm is not None,
             keeps_work=torch.is_grad_enabled(),
+            backend=backend,
         )
         first = tuple(w - m for w, m in zip(start, anchor, strict=True)) if anchor else start
         norm_rows = () if norm is None else tuple(t.to(dtype).repeat(batch, 1)[:, None] for t in norm)
-        backend = choose_fused(backend, settings, checkpoint_chunks, chunk_size, (q, k, v), start)
-        settings, carry = replace(settings, backend=backend), (*first, *past)
+        carry = (*first, *past)
         if backend == "torch":
             inputs = (grid.cut(q), grid.cut(k), grid.cut(v), theta, eta, alpha)
             y, errors, carry, last_base = _scan(
@@ -215,7 +219,7 @@ def neural_memory_scan(
             )
         else:
             y, errors, carry, last_base = _scan_fused(
-                settings, read, grid, (q, k, v), (theta, eta, alpha), carry, anchor
+                settings, read, grid, (q, k, v), (theta, eta, alpha), carry, base, anchor
             )
         depth = len(start)
         new_weights, new_momentum = base_weights(carry[:depth], anchor), carry[depth:]
@@ -278,14 +282,15 @@ def _scan_fused(
     tokens: tuple[Tensor, Tensor, Tensor],
     gates: tuple[Tensor, Tensor | None, Tensor],
     carry: Weights,
+    base: Weights | None,
     anchor: Weights,
 ) -> tuple[Tensor, Tensor, Weights, Weights]:
     """Scan all chunks by a kernel, which takes q, k, v as they lie; return what ``_scan`` does."""
     coefficients = chunk_coefficients(*gates, grid.real, read, settings.backend)
     y, errors, *ends = FusedScan.apply(
-        settings, grid.reached, *(grid.fill(t) for t in tokens), *coefficients, *carry, *anchor
+        settings, grid.reached, *(grid.fill(t) for t in tokens), *coefficients, *carry, *(base or ()), *anchor
     )
-    last_base = tuple(ends[len(carry) :]) or base_weights(carry[: settings.depth], anchor)
+    last_base = tuple(ends[len(carry) :]) or base or base_weights(carry[: settings.depth], anchor)
     return grid.drain(y), errors, tuple(ends[: len(carry)]), last_base
 
 

@@ -29,6 +29,11 @@ def check_sizes(*, memory_depth: int, head_dim: int, hidden_widths: Sequence[int
             refuse("cpp", f"memory_expansion gives a head {width} hidden units; use one with which {STEP} divides them")
 
 
+def fit(width: int) -> int:
+    """Return the slots of a chunk that holds ``width`` tokens."""
+    return -(-width // STEP) * STEP
+
+
 def check_place(q: Tensor) -> None:
     """Require the CPU.
 

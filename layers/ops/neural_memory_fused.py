@@ -43,20 +43,23 @@ def check_fused(
 
 
 def choose_fused(
-    backend: str, settings: ChunkSettings, group: int | None, chunk_size: int, tokens: Tensors, weights: Tensors
+    backend: str,
+    tokens: Tensors,
+    weights: Tensors,
+    *,
+    chunk_size: int,
+    residual_norm: bool,
+    checkpoint_chunks: int | None,
 ) -> str:
     """Return the backend that q, k, v (batch, time, heads, d) are scanned by, one of ``BACKENDS``.
 
-    Kernels only if asked for: "auto" takes torch. So do calls of fewer tokens than a chunk, those whose first token is
-    not known to begin one (rows that go on from a state are anywhere), and those on the meta device.
+    Kernels only if asked for: "auto" takes torch. So do calls on the meta device.
 
     Args:
         backend: What the caller asked for.
-        settings: Of the chunks.
-        group: ``checkpoint_chunks``.
-        chunk_size: Of the model.
-        tokens: Queries, keys and values.
+        tokens: Queries, keys and values, cast to the memory's dtype.
         weights: Of the memory.
+        chunk_size: Of the model, as are the rest.
 
     Raises:
         ValueError: They were asked for, and memory, device or dtype are none of theirs.
@@ -66,20 +69,26 @@ def choose_fused(
     q, k, v = tokens
     check_fused(
         backend,
-        memory_depth=settings.depth,
-        residual_norm=settings.has_norm,
-        checkpoint_chunks=group,
+        memory_depth=len(weights),
+        residual_norm=residual_norm,
+        checkpoint_chunks=checkpoint_chunks,
         head_dim=q.shape[-1],
         hidden_widths=[w.shape[-1] for w in weights[:-1]],
         chunk_size=chunk_size,
     )
     if v.shape[-1] != q.shape[-1]:
         refuse(backend, f"v has width {v.shape[-1]}, q has {q.shape[-1]}; use equal widths")
-    if settings.has_base or q.shape[1] < chunk_size or q.is_meta:
+    if q.is_meta:
         return "torch"
     KERNELS[backend].check_place(q)
     elsewhere = any(t.device != q.device for t in (k, v, *weights))
     return "torch" if elsewhere else backend  # torch says what is where
+
+
+def chunk_width(backend: str, time: int, chunk_size: int) -> int:
+    """Return the slots of a chunk with which ``backend`` scans ``time`` tokens: kernels have to fill theirs."""
+    width = min(time, chunk_size)
+    return KERNELS[backend].fit(width) if backend in KERNELS else width
 
 
 class FusedScan(torch.autograd.Function):
@@ -95,7 +104,9 @@ class FusedScan(torch.autograd.Function):
         rows, coefficients = tensors[:NUM_ROWS], tensors[NUM_ROWS:NUM_INPUTS]
         inputs = [*(t if t.stride(-1) == 1 else t.contiguous() for t in rows), *(t.contiguous() for t in coefficients)]
         states = [t.contiguous() for t in tensors[NUM_INPUTS:]]
-        start, anchor = states[: settings.blocks * settings.depth], states[settings.blocks * settings.depth :]
+        count = settings.blocks * settings.depth
+        own = count + settings.has_base * settings.depth
+        start, base, anchor = states[:count], states[count:own], states[own:]
         num_chunks, num_rows = coefficients[0].shape[:2]
         if reached is None:
             last = torch.full((num_rows,), num_chunks - 1, dtype=torch.int32, device=start[0].device)
@@ -109,30 +120,31 @@ class FusedScan(torch.autograd.Function):
             None if limit is None else float(limit),
             settings.backend,
         )
-        results = scan(inputs, start, anchor, last, settings.keeps_work, *ctx.options)
-        (y, error_norm, inner), ends, base = results[:3], results[3 : 3 + len(start)], results[3 + len(start) :]
-        ctx.save_for_backward(*inputs, last, inner, *start, *anchor)
-        ctx.num_start = len(start)
+        results = scan(inputs, start, base, anchor, last, settings.keeps_work, *ctx.options)
+        (y, error_norm, inner), ends, last_base = results[:3], results[3 : 3 + len(start)], results[3 + len(start) :]
+        ctx.save_for_backward(*inputs, last, inner, *start, *base, *anchor)
+        ctx.ends_of = count, own
         ctx.mark_non_differentiable(error_norm)
-        weights = [u + m for u, m in zip(base, anchor, strict=True)] if anchor else base
-        return (y, error_norm, *ends, *(weights if num_chunks > 1 else ()))
+        return (y, error_norm, *ends, *(last_base if num_chunks > 1 else ()))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # a checkpoint gives them once
         (*inputs, last, inner), states = saved[: NUM_INPUTS + 2], saved[NUM_INPUTS + 2 :]
-        start, anchor = states[: ctx.num_start], states[ctx.num_start :]
-        d_y, d_ends, d_base = outer[0], outer[2 : 2 + len(start)], outer[2 + len(start) :]
+        count, own = ctx.ends_of
+        start, base, anchor = states[:count], states[count:own], states[own:]
+        d_y, d_ends, d_last_base = outer[0], outer[2 : 2 + len(start)], outer[2 + len(start) :]
         grads = scan_gradients(
             inputs,
             start,
+            base,
             anchor,
             last,
             inner,
             d_y if d_y.stride(-1) == 1 else d_y.contiguous(),
             [t.contiguous() for t in d_ends],
-            [t.contiguous() for t in d_base],
+            [t.contiguous() for t in d_last_base],
             *ctx.options,
         )
         return (None, None, *grads)
@@ -142,6 +154,7 @@ class FusedScan(torch.autograd.Function):
 def scan(
     inputs: Sequence[Tensor],
     start: Sequence[Tensor],
+    base: Sequence[Tensor],
     anchor: Sequence[Tensor],
     last: Tensor,
     keeps_states: bool,
@@ -156,6 +169,7 @@ def scan(
         inputs: Queries, keys and values (batch, n C, heads, d), of which rows are (batch, heads), then the other fields
             of ``ChunkInputs``, with the n chunks as first axis.
         start: The carried blocks before the first chunk, a matrix (R, d_{l-1}, d_l) a layer, one block after the other.
+        base: Weights at which the first chunk's gradients are taken, likewise; none for those at its start.
         anchor: Weights that forgetting decays towards, likewise; or none.
         last: (R,) int32, the chunk whose weights at its start are the row's last gradient base.
         keeps_states: Keep the blocks between chunks.
@@ -167,13 +181,14 @@ def scan(
     Returns:
         Reads like the values, norms of errors (n, R, C), the blocks between chunks with the numbers of all matrices in
         a line, (n - 1, R, ...), of which there is at most one without ``keeps_states``, the blocks after the last
-        chunk, like ``start``, and the first of them at the start of the last chunk.
+        chunk, like ``start``, and the weights at which gradients were taken in chunk ``last``.
     """
-    y, error_norm, inner, *states = _results(inputs, start, anchor, last, keeps_states)
-    ends, base = states[: len(start)], states[len(start) :]
+    y, error_norm, inner, *states = _results(inputs, start, base, anchor, last, keeps_states)
+    ends, last_base = states[: len(start)], states[len(start) :]
     KERNELS[backend].run_forward(
-        inputs, start, anchor, last, inner, y, error_norm, ends, base, _widths(base), activation, loss_scale, limit
-    )
+        inputs, start, base, anchor, last, inner, y, error_norm, ends, last_base, _widths(last_base),
+        activation, loss_scale, limit,
+    )  # fmt: skip
     return [y, error_norm, inner, *states]
 
 
@@ -181,6 +196,7 @@ def scan(
 def _results(
     inputs: Sequence[Tensor],
     start: Sequence[Tensor],
+    base: Sequence[Tensor],
     anchor: Sequence[Tensor],
     last: Tensor,
     keeps_states: bool,
@@ -199,12 +215,13 @@ def _results(
 def scan_gradients(
     inputs: Sequence[Tensor],
     start: Sequence[Tensor],
+    base: Sequence[Tensor],
     anchor: Sequence[Tensor],
     last: Tensor,
     inner: Tensor,
     d_y: Tensor,
     d_ends: Sequence[Tensor],
-    d_base: Sequence[Tensor],
+    d_last_base: Sequence[Tensor],
     activation: str,
     loss_scale: float,
     limit: float | None,
@@ -213,27 +230,31 @@ def scan_gradients(
     """Take gradients of the results of ``scan`` back, given what it was given and the blocks that it kept.
 
     Args:
-        inputs: Those of ``scan``, as are ``start``, ``anchor``, ``last`` and what follows ``d_base``.
+        inputs: Those of ``scan``, as are ``start``, ``base``, ``anchor``, ``last`` and what follows ``d_last_base``.
         inner: The blocks between chunks, all of them.
         d_y: Of the reads.
         d_ends: Of the blocks after the last chunk.
-        d_base: Of the first of them at the start of the last chunk; none for zeros.
+        d_last_base: Of the weights at which gradients were taken in chunk ``last``; none for zeros.
 
     Returns:
-        Gradients of ``inputs``, of ``start`` and of ``anchor``.
+        Gradients of ``inputs``, of ``start``, of ``base`` and of ``anchor``.
     """
     grads = [t.new_empty(t.shape) for t in inputs]
-    d_start, d_anchor = [t.clone() for t in d_ends], [torch.zeros_like(t) for t in anchor]
+    d_start = [t.clone() for t in d_ends]
+    d_base, d_anchor = ([torch.zeros_like(t) for t in part] for part in (base, anchor))
     widths = _widths(start[: len(start) // inputs[-1].shape[1]])
     KERNELS[backend].run_backward(
-        inputs, start, anchor, last, inner, d_y, d_base, grads, d_start, d_anchor, widths, activation, loss_scale, limit
-    )
-    return [*grads, *d_start, *d_anchor]
+        inputs, start, base, anchor, last, inner, d_y, d_last_base, grads, d_start, d_base, d_anchor, widths,
+        activation, loss_scale, limit,
+    )  # fmt: skip
+    return [*grads, *d_start, *d_base, *d_anchor]
 
 
 @scan_gradients.register_fake
-def _gradients(inputs: Sequence[Tensor], start: Sequence[Tensor], anchor: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (*inputs, *start, *anchor)]
+def _gradients(
+    inputs: Sequence[Tensor], start: Sequence[Tensor], base: Sequence[Tensor], anchor: Sequence[Tensor], *_: Any
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (*inputs, *start, *base, *anchor)]
 
 
 def _widths(weights: Sequence[Tensor]) -> list[int]:

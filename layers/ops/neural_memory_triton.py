@@ -1,7 +1,7 @@
 """What runs ``kernels.neural_memory`` on GPUs of NVIDIA and AMD, and what it takes.
 
 The torch backend's operations are so short, with chunks of 64 tokens, that a GPU has to wait for its host. Here a row
-is one program. It covers what models are trained with: a memory of two layers, calls of whole chunks.
+is one program. It covers what models are trained with: a memory of two layers.
 """
 
 from collections.abc import Sequence
@@ -35,6 +35,11 @@ def check_sizes(*, memory_depth: int, head_dim: int, hidden_widths: Sequence[int
         refuse("triton", f"{obstacle}; use one with which {min(PARTS)} divides them")
 
 
+def fit(width: int) -> int:
+    """Return the slots of a chunk that holds ``width`` tokens."""
+    return next(size for size in SIZES if size >= width)
+
+
 def check_place(q: Tensor) -> None:
     """Require float32 on a GPU.
 
@@ -65,79 +70,85 @@ def precision() -> str:
 def run_forward(
     inputs: Sequence[Tensor],
     start: Sequence[Tensor],
+    base: Sequence[Tensor],
     anchor: Sequence[Tensor],
     last: Tensor,
     inner: Tensor,
     y: Tensor,
     error_norm: Tensor,
     ends: Sequence[Tensor],
-    base: Sequence[Tensor],
+    last_base: Sequence[Tensor],
     widths: Sequence[int],
     activation: str,
     loss_scale: float,
     limit: float | None,
 ) -> None:
-    """Fill ``inner``, ``y``, ``error_norm``, ``ends`` and ``base``; see ``neural_memory_fused.scan``."""
+    """Fill ``inner``, ``y``, ``error_norm``, ``ends`` and ``last_base``; see ``neural_memory_fused.scan``."""
     from memzoo.layers.ops.kernels.neural_memory import scan_forward
 
     num_chunks, num_rows, size, _ = inputs[3].shape
     keeps_states = len(inner) == num_chunks - 1
-    rows, fixed, first = [_cut(t, num_chunks) for t in inputs[:3]], _pack(anchor or base), _pack(start)
+    rows, first = [_cut(t, num_chunks) for t in inputs[:3]], _pack(start)
+    to_base = _pack(last_base)
+    fixed, given = (_pack(part) if part else to_base for part in (anchor, base))
     states = first.new_empty(num_chunks + 1 if keeps_states else 1, *first.shape)
     states[0] = first
-    read, own_base = torch.empty_like(rows[2]), _pack(base)
+    read = torch.empty_like(rows[2])
     work = y.new_empty(num_rows, size, widths[0] + size)
     with torch.cuda.device_of(y):
         scan_forward[(num_rows,)](
-            *rows, *inputs[3:], fixed, last, states, read, error_norm, own_base, work,
+            *rows, *inputs[3:], given, fixed, last, states, read, error_norm, to_base, work,
             num_chunks, num_rows, states.stride(0) if keeps_states else 0, loss_scale, limit or 0.0,
-            **_options(inputs, widths, anchor, activation, limit),
+            **_options(inputs, widths, base, anchor, activation, limit),
         )  # fmt: skip
     if keeps_states:
         inner.copy_(states[1:-1])
     _join(read, y)
     _unpack(states[-1], ends)
-    _unpack(own_base, base)
+    _unpack(to_base, last_base)
 
 
 def run_backward(
     inputs: Sequence[Tensor],
     start: Sequence[Tensor],
+    base: Sequence[Tensor],
     anchor: Sequence[Tensor],
     last: Tensor,
     inner: Tensor,
     d_y: Tensor,
-    d_base: Sequence[Tensor],
+    d_last_base: Sequence[Tensor],
     grads: Sequence[Tensor],
     d_start: Sequence[Tensor],
+    d_base: Sequence[Tensor],
     d_anchor: Sequence[Tensor],
     widths: Sequence[int],
     activation: str,
     loss_scale: float,
     limit: float | None,
 ) -> None:
-    """Fill ``grads``, and ``d_start`` and ``d_anchor`` in place; see ``neural_memory_fused.scan_gradients``."""
+    """Fill ``grads``, and in place the other gradients; see ``neural_memory_fused.scan_gradients``."""
     from memzoo.layers.ops.kernels.neural_memory_backward import scan_backward
 
     num_chunks, num_rows, size, _ = inputs[3].shape
-    options = _options(inputs, widths, anchor, activation, limit)
+    options = _options(inputs, widths, base, anchor, activation, limit)
     rows, d_read = [_cut(t, num_chunks) for t in inputs[:3]], _cut(d_y, num_chunks)
     d_rows = [torch.empty_like(t) for t in rows]
     states, d_states = torch.cat([_pack(start)[None], inner]), _pack(d_start)
     block = d_states.shape[1] // inputs[-1].shape[1]
-    own_base = _pack(d_base) if d_base else d_states.new_zeros(num_rows, block)
-    d_fixed = d_states.new_zeros(num_rows, block)
-    fixed = _pack(anchor) if anchor else d_fixed
+    from_base = _pack(d_last_base) if d_last_base else d_states.new_zeros(num_rows, block)
+    d_given, d_fixed = (d_states.new_zeros(num_rows, block) for _ in range(2))
+    given, fixed = (_pack(part) if part else d_fixed for part in (base, anchor))
     work = d_y.new_empty(num_rows, size, 4 * widths[1] + widths[0] + 2 * size)
     with torch.cuda.device_of(d_y):
         scan_backward[(num_rows,)](
-            *rows, *inputs[3:], fixed, last, states[-1],
-            d_read, own_base, *d_rows, *grads[3:], d_fixed, d_states, work,
+            *rows, *inputs[3:], given, fixed, last, states[-1],
+            d_read, from_base, *d_rows, *grads[3:], d_given, d_fixed, d_states, work,
             num_chunks, num_rows, states.stride(0), loss_scale, limit or 0.0, **options,
         )  # fmt: skip
     for cut, grad in zip(d_rows, grads[:3], strict=True):
         _join(cut, grad)
     _unpack(d_states, d_start)
+    _unpack(d_given, d_base)
     _unpack(d_fixed, d_anchor)
 
 
@@ -166,11 +177,16 @@ def _join(x: Tensor, into: Tensor) -> None:
 
 
 def _options(
-    inputs: Sequence[Tensor], widths: Sequence[int], anchor: Sequence[Tensor], activation: str, limit: float | None
+    inputs: Sequence[Tensor],
+    widths: Sequence[int],
+    base: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    activation: str,
+    limit: float | None,
 ) -> dict[str, Any]:
     """Return what the kernels are compiled for."""
     return dict(
         C=inputs[3].shape[2], D=widths[0], H=widths[1], B=part_of(widths[1]),
-        HAS_MOMENTUM=inputs[-1].shape[1] == 2, HAS_ANCHOR=len(anchor) > 0, HAS_LIMIT=limit is not None,
-        ACTIVATION=activation, PRECISION=precision(), num_warps=8, num_stages=1,
+        HAS_MOMENTUM=inputs[-1].shape[1] == 2, HAS_BASE=len(base) > 0, HAS_ANCHOR=len(anchor) > 0,
+        HAS_LIMIT=limit is not None, ACTIVATION=activation, PRECISION=precision(), num_warps=8, num_stages=1,
     )  # fmt: skip

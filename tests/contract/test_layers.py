@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import memzoo.layers  # noqa: F401  (registers the layers)
+from memzoo.layers.ops import cpp_library
 from memzoo.layers.registry import layer_entry, list_layers
 from tests.contract.checks import CHECKS, Part, cases
 from tests.contract.checks.core import BATCH, DIM
@@ -133,6 +134,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "rome": {"together": {"ridge": 0.5, "token": "first"}},
     "grace": {"first": {"token": "first", "radius": 1e-6, "sticky": False}},
 }
+# In C++, where it can be compiled; chunks and widths are the least that the kernels take.
+CPP = {"backend": "cpp", "head_dim": 16, "chunk_size": 16}
+if cpp_library.obstacle() is None:
+    VARIANTS["neural_memory"]["cpp"] = CPP | {"decay_to_init": True, "max_gradient_norm": 0.5}
+    VARIANTS["memory_as_context"]["cpp"] = {"segment_size": 8, "memory": CPP}
+    VARIANTS["memory_as_layer"]["cpp"] = {"memory": CPP | {"memory_depth": 3, "momentum": False}}
 # With memories to read, which the registered layers do without: fetched for the rows of every call.
 FETCHED = [
     Part(f"memory_feed_forward+{mode}", "channel", partial(ReadingFeedForward, DIM, mode=mode))

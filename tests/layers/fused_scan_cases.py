@@ -37,6 +37,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the arguments,
         dict(max_gradient_norm=50_000, loss_scale=2, keep=("momentum",)),
     ),
     "a row of no tokens": (dict(time=32, heads=1, dim=16, hidden=16), dict(lengths=[0, 32], keep=("momentum",))),
+    "within a chunk": (
+        dict(batch=1, time=40, heads=2, dim=16, hidden=32),
+        dict(position=5, max_gradient_norm=0.3, keep=("momentum", "base")),
+    ),
+    "rows anywhere in a chunk": (
+        dict(batch=3, time=36, heads=1, dim=16, hidden=32),
+        dict(position=[0, 21, 15], lengths=[36, 4, 20], loss_scale=2.0, keep=("momentum", "base", "anchor")),
+    ),
+    "rows that stay in their chunk": (
+        dict(time=9, heads=1, dim=16, hidden=16),
+        dict(position=[3, 0], keep=("base", "anchor"), eta=None),
+    ),
+    "fewer tokens than a chunk": (dict(time=5, heads=1, dim=16, hidden=32), dict(keep=("momentum", "anchor"))),
 }
 
 
@@ -60,13 +73,12 @@ def call(
         for name, t in arguments.items()
         if t is not None
     }
-    lengths = options.pop("lengths", None)
-    lengths = None if lengths is None else torch.tensor(lengths)
+    for name in ("lengths", "position"):
+        if isinstance(options.get(name), list):
+            options[name] = torch.tensor(options[name])
     inputs = [w for t in given.values() for w in (t if isinstance(t, tuple) else (t,))]
     trace = Trace()
-    y, weights, momentum, base = scan(
-        **({"eta": None} | given), **options, lengths=lengths, chunk_size=16, backend=backend, trace=trace
-    )
+    y, weights, momentum, base = scan(**({"eta": None} | given), **options, chunk_size=16, backend=backend, trace=trace)
     outputs = [y, *weights, *momentum, *base]
     draw = torch.Generator().manual_seed(1)
     total = sum((t * torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.dtype)).sum() for t in outputs)

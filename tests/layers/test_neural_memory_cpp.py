@@ -56,7 +56,9 @@ def test_values_and_all_gradients_are_those_of_the_torch_backend(name: str) -> N
 @given(
     rows=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     chunk=st.sampled_from([16, 48, 80]),
-    time=st.integers(16, 100),
+    time=st.integers(1, 100),
+    position=st.integers(0, 100),
+    has_anchor=st.booleans(),
     dim=st.sampled_from([16, 48, 64]),
     hidden=st.sampled_from([16, 32, 80]),
     depth=st.integers(1, 3),
@@ -64,12 +66,21 @@ def test_values_and_all_gradients_are_those_of_the_torch_backend(name: str) -> N
     seed=st.integers(0, 1000),
 )
 def test_of_any_size_they_are_the_loop_s(
-    rows: tuple[int, int], chunk: int, time: int, dim: int, hidden: int, depth: int, read: str, seed: int
+    rows: tuple[int, int],
+    chunk: int,
+    time: int,
+    position: int,
+    has_anchor: bool,
+    dim: int,
+    hidden: int,
+    depth: int,
+    read: str,
+    seed: int,
 ) -> None:
     batch, heads = rows
     case = make_case(batch=batch, heads=heads, time=time, dim=dim, hidden=hidden, depth=depth, seed=seed)
-    case = without(case, "base", "anchor")
-    options = dict(chunk_size=chunk, read=read)
+    case = without(case, *(() if has_anchor else ("anchor",)))
+    options = dict(chunk_size=chunk, read=read, position=position)
     assert_close(neural_memory(**case, **options, backend="cpp"), loop(**case, **options))
 
 
@@ -201,7 +212,7 @@ def test_a_layer_that_streams_is_that_of_torch(lengths: list[int] | None) -> Non
     x = torch.randn(2, 70, 32, dtype=torch.float64)
     mask = None if lengths is None else torch.arange(70) < torch.tensor(lengths)[:, None]
     pieces, state = [], None
-    for part in x.split(21, 1):  # whole chunks from a border, then from anywhere, which goes to torch
+    for part in x.split(21, 1):  # from a border, then from anywhere
         piece = None if mask is None else mask[:, sum(p.shape[1] for p in pieces) :][:, : part.shape[1]]
         y, state = layer(part, state, mask=piece)
         pieces.append(y)

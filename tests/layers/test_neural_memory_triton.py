@@ -20,7 +20,6 @@ from memzoo.layers.ops import backend as libraries
 from memzoo.layers.ops import neural_memory_fused as fused
 from memzoo.layers.ops import neural_memory_triton as backend
 from memzoo.layers.ops.neural_memory import neural_memory, neural_memory_scan
-from memzoo.layers.ops.neural_memory_chunk import ChunkSettings
 from tests.interpreted_triton import run_interpreted
 from tests.layers.fused_scan_cases import CASES, call, distance, prepare
 from tests.layers.neural_memory_cases import make_case
@@ -37,7 +36,7 @@ def distances(name: str) -> list[float]:
     apart = [distance(x, y) for x, y in zip(found, expected, strict=True)]
     own, args = fused.FusedScan.forward, []
 
-    def forward(ctx: Any, settings: ChunkSettings, *rest: Any) -> Any:
+    def forward(ctx: Any, settings: Any, *rest: Any) -> Any:
         args.append((settings, *rest))
         return own(ctx, settings, *rest)
 
@@ -94,7 +93,8 @@ def test_kernels_of_the_largest_head_compile_and_fit(
     from triton.compiler import ASTSource
 
     sizes = dict(C=max(backend.SIZES), D=max(backend.SIZES), H=128, B=backend.part_of(128))
-    options = dict(HAS_MOMENTUM=True, HAS_ANCHOR=True, HAS_LIMIT=True, ACTIVATION="silu", PRECISION=precision)
+    parts = dict(HAS_MOMENTUM=True, HAS_BASE=True, HAS_ANCHOR=True, HAS_LIMIT=True)
+    options = parts | dict(ACTIVATION="silu", PRECISION=precision)
     numbers = {
         "limit": "fp32",
         "num_chunks": "i32",
@@ -154,40 +154,31 @@ def test_without_triton_or_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         NeuralMemory(**SIZES, backend="triton")
 
 
-FITTING = ChunkSettings(2, 2, "silu", 1.0, None, False, False, False, True)
-
-
 def test_it_is_taken_where_it_is_asked_for_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, weights = torch.empty(2, 64, 4, 64), (torch.empty(8, 64, 128), torch.empty(8, 128, 64))
+    rows, weights = torch.empty(2, 64, 4, 64), (torch.empty(2, 4, 64, 128), torch.empty(2, 4, 128, 64))
+    options: dict[str, Any] = dict(chunk_size=64, residual_norm=False, checkpoint_chunks=None)
     with pytest.raises(ValueError, match="q is on cpu"):
-        fused.choose_fused("triton", FITTING, None, 64, (rows, rows, rows), weights)
+        fused.choose_fused("triton", (rows, rows, rows), weights, **options)
     monkeypatch.setattr(backend, "check_place", lambda q: None)
 
-    def chosen(name: str, settings: ChunkSettings, width: int = 64, time: int = 64) -> str:
-        q, v = rows[:, :time], rows[:, :time, :, :width]
-        return fused.choose_fused(name, settings, None, 64, (q, q, v), weights)
+    def chosen(name: str, width: int = 64, **others: Any) -> str:
+        return fused.choose_fused(name, (rows, rows, rows[..., :width]), weights, **options | others)
 
-    assert chosen("triton", FITTING) == "triton"
-    assert chosen("auto", FITTING) == "torch"
-    assert chosen("torch", FITTING) == "torch"
-    assert chosen("triton", replace(FITTING, has_base=True)) == "torch"
-    assert chosen("triton", FITTING, time=40) == "torch"
+    assert chosen("triton") == "triton"
+    assert chosen("auto") == "torch"
+    assert chosen("torch") == "torch"
     with pytest.raises(ValueError, match="v has width 32, q has 64; use equal widths"):
-        chosen("triton", FITTING, width=32)
-    with pytest.raises(ValueError, match="memory_depth=3; use 2"):
-        chosen("triton", replace(FITTING, depth=3))
+        chosen("triton", width=32)
+    with pytest.raises(ValueError, match="residual_norm=True; use False"):
+        chosen("triton", residual_norm=True)
 
 
-@pytest.mark.usefixtures("installed")
-def test_calls_that_the_kernels_do_not_take_go_to_torch() -> None:
-    torch.manual_seed(0)
-    layer = NeuralMemory(32, num_heads=2, chunk_size=16, backend="triton")
-    x = torch.randn(2, 24, 32)
-    y, state = layer(x[:, :9])
-    more, _ = layer(x[:, 9:], state)
-    layer.backend = "torch"
-    assert torch.equal(y, layer(x[:, :9])[0])
-    assert torch.allclose(torch.cat([y, more], 1), layer(x)[0], atol=1e-6)
+@pytest.mark.parametrize(
+    ("time", "chunk_size", "expected"),
+    [(1, 64, (16, 16, 1)), (17, 64, (32, 32, 17)), (40, 64, (64, 48, 40)), (500, 64, (64, 64, 64))],
+)
+def test_short_calls_fill_the_smallest_chunk_that_the_kernels_have(time, chunk_size, expected) -> None:
+    assert tuple(fused.chunk_width(name, time, chunk_size) for name in ("triton", "cpp", "torch")) == expected
 
 
 def test_another_dtype_is_refused() -> None:
@@ -229,8 +220,9 @@ def test_on_the_meta_device_shapes_are_torch_s() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "tolerance"), [("highest", 1e-4), ("high", 2e-2)])
 @pytest.mark.parametrize("lengths", [None, [1000, 300]])
+@pytest.mark.parametrize("position", [0, 37, [5, 640]])
 def test_on_a_gpu_the_kernels_equal_the_torch_backend(
-    precision: str, tolerance: float, lengths: list[int] | None
+    precision: str, tolerance: float, lengths: list[int] | None, position: int | list[int]
 ) -> None:
     case = make_case(batch=2, time=1000, heads=4, dim=64, hidden=128)
     case = {
@@ -239,15 +231,21 @@ def test_on_a_gpu_the_kernels_equal_the_torch_backend(
     }
     case["theta"] = case["theta"] * 0.1
     names = ("q", "k", "v", "theta", "eta", "alpha")
-    options = dict(chunk_size=64, lengths=None if lengths is None else torch.tensor(lengths, device="cuda"))
+    options = {
+        name: torch.tensor(numbers, device="cuda") if isinstance(numbers, list) else numbers
+        for name, numbers in {"chunk_size": 64, "lengths": lengths, "position": position}.items()
+    }
     before = torch.get_float32_matmul_precision()
 
     def run(backend: str) -> list[Tensor]:
         tokens = [case[name].clone().requires_grad_() for name in names]
-        weights = tuple(w.clone().requires_grad_() for w in case["weights"])
-        y, *ends = neural_memory(*tokens, weights, case["momentum"], anchor=case["anchor"], **options, backend=backend)
+        weights, base = (tuple(w.clone().requires_grad_() for w in case[name]) for name in ("weights", "base"))
+        y, *ends = neural_memory(
+            *tokens, weights, case["momentum"], base=base, anchor=case["anchor"], **options, backend=backend
+        )
         loss = F.mse_loss(y, case["v"]) + sum(w.square().sum() for part in ends for w in part)
-        return [y.detach(), *torch.autograd.grad(loss, [*tokens, *weights])]
+        used = base if position else ()
+        return [y.detach(), *torch.autograd.grad(loss, [*tokens, *weights, *used])]
 
     expected = run("torch")
     torch.set_float32_matmul_precision(precision)

@@ -1,10 +1,11 @@
 """Triton kernel of a neural memory's scan, forward: a program a row, which goes through all of its chunks.
 
 What ``memzoo.layers.ops.neural_memory_chunk`` says in dozens of operations, forward and backward, is a kernel each.
-Notation is that module's, with W the weights at the start of the chunk, U and S its carried blocks (U is W minus the
-anchor), each of two layers. The hidden layer is taken ``B`` units at a time, so that registers can hold most of what a
-program works on; errors and scores are sums over these parts, and what needs such a sum waits for the next pass over
-them. Blocks, and what one pass leaves for the next, go through global memory, from whose cache they come back.
+Notation is that module's, with W the weights at which the chunk's gradients are taken, U and S its carried blocks (U is
+W minus the anchor, but where a first chunk was given a W of its own), each of two layers. The hidden layer is taken
+``B`` units at a time, so that registers can hold most of what a program works on; errors and scores are sums over these
+parts, and what needs such a sum waits for the next pass over them. Blocks, and what one pass leaves for the next, go
+through global memory, from whose cache they come back.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -13,6 +14,7 @@ import triton.language as tl
 
 from memzoo.layers.ops.kernels.parts import (
     activate,
+    at_first,
     error_at_base,
     limit_factor,
     slope_of,
@@ -23,18 +25,18 @@ from memzoo.layers.ops.kernels.parts import (
 
 @triton.jit(do_not_specialize=["num_chunks", "num_rows"])  # or other lengths and batches compile again
 def scan_forward(
-    q, k, v, mix, read, write, transition, anchor, last, states, y, error_norm, base, work,
+    q, k, v, mix, read, write, transition, base, anchor, last, states, y, error_norm, last_base, work,
     num_chunks, num_rows, state_stride, loss_scale, limit,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, B: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, HAS_ANCHOR: tl.constexpr, HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, HAS_BASE: tl.constexpr, HAS_ANCHOR: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Read into ``y`` and write, chunk after chunk.
 
     ``states`` holds a row's blocks one after the other, first and second layer in each: a chunk reads them
     ``state_stride`` elements behind those of the one before, and leaves its own as many further; with 0 the last alone
-    are left. ``base`` takes U at the start of chunk ``last`` of the row. ``work`` has room for (C, D + C) a row: d1
-    and the scores of the first layer times their table.
+    are left. ``base`` is W of the first chunk, if it is given apart; ``last_base`` takes W of the row's chunk ``last``.
+    ``work`` has room for (C, D + C) a row: d1 and the scores of the first layer times their table.
     """
     BLOCKS: tl.constexpr = 2 if HAS_MOMENTUM else 1
     SECOND: tl.constexpr = D * H
@@ -43,7 +45,8 @@ def scan_forward(
     time = tl.arange(0, C)
     old = states + row * BLOCKS * SIZE
     fixed = anchor + row * SIZE
-    own_base = base + row * SIZE
+    given = base + row * SIZE
+    to_base = last_base + row * SIZE
     errors = tile(work + row * C * (D + C), C, D, D)
     scores = tile(work + row * C * (D + C) + C * D, C, C, C)
     last_chunk = tl.load(last + row)
@@ -57,12 +60,16 @@ def scan_forward(
 
         keys = k + chunk * C * D
         queries = tile(q + chunk * C * D, C, D, D)
-        error = error_at_base(keys, v + chunk * C * D, old, fixed, C, D, H, B, HAS_ANCHOR, ACTIVATION, PRECISION)
+        error = error_at_base(
+            keys, v + chunk * C * D, old, given, fixed, j == 0, C, D, H, B, HAS_BASE, HAS_ANCHOR, ACTIVATION, PRECISION
+        )
         keys = tile(keys, C, D, D)
         tl.store(error_norm + chunk * C + time, tl.sqrt(tl.sum(error * error, 1)))
         d1 = error * loss_scale
         if HAS_LIMIT:
-            of_error, of_input = squared_norms(keys, d1, old, fixed, D, H, B, HAS_ANCHOR, ACTIVATION, PRECISION)
+            of_error, of_input = squared_norms(
+                keys, d1, old, given, fixed, j == 0, D, H, B, HAS_BASE, HAS_ANCHOR, ACTIVATION, PRECISION
+            )
             x0 = tl.load(keys)
             squared = tl.sum(x0 * x0, 1) * of_error + of_input * tl.sum(d1 * d1, 1)
             factor = limit_factor(squared, limit)[:, None]
@@ -79,9 +86,6 @@ def scan_forward(
             d1 = tl.load(errors)
             u1 = tl.load(tile(old + b, D, B, H))
             u2 = tl.load(tile(old + second, B, D, D))
-            if j == last_chunk:
-                tl.store(tile(own_base + b, D, B, H), u1)
-                tl.store(tile(own_base + second, B, D, D), u2)
             w1 = u1
             w2 = u2
             if HAS_ANCHOR:
@@ -89,8 +93,13 @@ def scan_forward(
                 f2 = tl.load(tile(fixed + second, B, D, D))
                 w1 += f1
                 w2 += f2
+            w1 = at_first(w1, given + b, j == 0, D, B, H, HAS_BASE)
+            w2 = at_first(w2, given + second, j == 0, B, D, D, HAS_BASE)
+            if j == last_chunk:
+                tl.store(tile(to_base + b, D, B, H), w1)
+                tl.store(tile(to_base + second, B, D, D), w2)
 
-            # Keys forward, errors backward, at the weights the chunk starts from.
+            # Keys forward, errors backward.
             z = tl.dot(x0, w1, input_precision=PRECISION)
             x1 = activate(z, ACTIVATION)
             d0 = tl.dot(d1, tl.trans(w2), input_precision=PRECISION) * slope_of(z, ACTIVATION)

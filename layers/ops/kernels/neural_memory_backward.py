@@ -11,6 +11,9 @@ import triton.language as tl
 
 from memzoo.layers.ops.kernels.parts import (
     activate,
+    add_to_base,
+    at_first,
+    base_of,
     bend_of,
     error_at_base,
     limit_factor,
@@ -22,18 +25,18 @@ from memzoo.layers.ops.kernels.parts import (
 
 @triton.jit(do_not_specialize=["num_chunks", "num_rows"])  # or other lengths and batches compile again
 def scan_backward(
-    q, k, v, mix, read, write, transition, anchor, last, states,
-    d_y, d_base, d_q, d_k, d_v, d_mix, d_read, d_write, d_transition, d_anchor, d_states, work,
+    q, k, v, mix, read, write, transition, base, anchor, last, states,
+    d_y, d_last_base, d_q, d_k, d_v, d_mix, d_read, d_write, d_transition, d_base, d_anchor, d_states, work,
     num_chunks, num_rows, state_stride, loss_scale, limit,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, B: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, HAS_ANCHOR: tl.constexpr, HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, HAS_BASE: tl.constexpr, HAS_ANCHOR: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute every chunk again, last chunk first, and its gradients.
 
     ``states`` are those at the start of the last chunk; those of the ones before lie ``state_stride`` elements before
     each. ``d_states`` holds the gradients of the blocks after the last chunk, laid out likewise, and is left with those
-    of the blocks before the first; ``d_anchor`` is added to. ``d_base`` is that of the base of ``scan_forward``.
+    of the blocks before the first; ``d_base`` and ``d_anchor`` are added to.
     ``work`` has room for (C, 4 H + D + 2 C) a row: four parts of the hidden layer, d1, the scores of the first layer
     times their table, and the gradient of those of the second. Two of the parts change: e, then the gradient
     of z; the queries' ``out``, then the gradient of d0. The others are z and the gradient of x1.
@@ -46,6 +49,8 @@ def scan_backward(
     time = tl.arange(0, C)
     old = states + row * BLOCKS * SIZE
     fixed = anchor + row * SIZE
+    given = base + row * SIZE
+    from_base = d_last_base + row * SIZE
     own_base = d_base + row * SIZE
     own_anchor = d_anchor + row * SIZE
     grad = d_states + row * BLOCKS * SIZE
@@ -72,11 +77,15 @@ def scan_backward(
 
         # First: the errors. The chunk again, as in ``scan_forward``.
         keys = k + chunk * C * D
-        error = error_at_base(keys, v + chunk * C * D, old, fixed, C, D, H, B, HAS_ANCHOR, ACTIVATION, PRECISION)
+        error = error_at_base(
+            keys, v + chunk * C * D, old, given, fixed, j == 0, C, D, H, B, HAS_BASE, HAS_ANCHOR, ACTIVATION, PRECISION
+        )
         keys = tile(keys, C, D, D)
         d1 = error * loss_scale
         if HAS_LIMIT:
-            of_error, of_input = squared_norms(keys, d1, old, fixed, D, H, B, HAS_ANCHOR, ACTIVATION, PRECISION)
+            of_error, of_input = squared_norms(
+                keys, d1, old, given, fixed, j == 0, D, H, B, HAS_BASE, HAS_ANCHOR, ACTIVATION, PRECISION
+            )
             x0 = tl.load(keys)
             of_key = tl.sum(x0 * x0, 1)
             of_last = tl.sum(d1 * d1, 1)
@@ -101,11 +110,11 @@ def scan_backward(
             d1 = tl.load(errors)
             u1 = tl.load(tile(old + b, D, B, H))
             w1 = u1
-            w2 = tl.load(tile(old + second, B, D, D))
             if HAS_ANCHOR:
                 f1 = tl.load(tile(fixed + b, D, B, H))
                 w1 += f1
-                w2 += tl.load(tile(fixed + second, B, D, D))
+            w1 = at_first(w1, given + b, j == 0, D, B, H, HAS_BASE)
+            w2 = base_of(old + second, given + second, fixed + second, j == 0, B, D, D, HAS_BASE, HAS_ANCHOR)
             z = tl.dot(x0, w1, input_precision=PRECISION)
             x1 = activate(z, ACTIVATION)
             e = tl.dot(d1, tl.trans(w2), input_precision=PRECISION)
@@ -278,9 +287,7 @@ def scan_backward(
             e = tl.load(tile(own_work + PART + b, C, B, H))
             d_d0 = tl.load(tile(own_work + 2 * PART + b, C, B, H))
             d_x1 = tl.load(tile(own_work + 3 * PART + b, C, B, H))
-            w2 = tl.load(tile(old + second, B, D, D))
-            if HAS_ANCHOR:
-                w2 += tl.load(tile(fixed + second, B, D, D))
+            w2 = base_of(old + second, given + second, fixed + second, j == 0, B, D, D, HAS_BASE, HAS_ANCHOR)
             slope = slope_of(z, ACTIVATION)
             if HAS_LIMIT:
                 e *= inverse[:, None]
@@ -290,10 +297,9 @@ def scan_backward(
             d_d1 += tl.dot(d_e, w2, input_precision=PRECISION)
             h2 = tl.dot(tl.trans(d_e), d1, input_precision=PRECISION)
             tl.store(tile(own_work + PART + b, C, B, H), d_d0 * e * bend_of(z, ACTIVATION) + d_x1 * slope)
-            tl.store(tile(grad + second, B, D, D), tl.load(tile(grad + second, B, D, D)) + h2)
-            if HAS_ANCHOR:
-                d_f2 = tl.load(tile(own_anchor + second, B, D, D)) + h2
-                tl.store(tile(own_anchor + second, B, D, D), d_f2)
+            add_to_base(
+                h2, grad + second, own_base + second, own_anchor + second, j == 0, B, D, D, HAS_BASE, HAS_ANCHOR
+            )
         d_d1 *= loss_scale
         tl.store(tile(d_v + chunk * C * D, C, D, D), d_d1)
 
@@ -303,11 +309,8 @@ def scan_backward(
             second = SECOND + b * D
             x0 = tl.load(keys)
             d_d1 = tl.load(tile(d_v + chunk * C * D, C, D, D))
-            w1 = tl.load(tile(old + b, D, B, H))
-            w2 = tl.load(tile(old + second, B, D, D))
-            if HAS_ANCHOR:
-                w1 += tl.load(tile(fixed + b, D, B, H))
-                w2 += tl.load(tile(fixed + second, B, D, D))
+            w1 = base_of(old + b, given + b, fixed + b, j == 0, D, B, H, HAS_BASE, HAS_ANCHOR)
+            w2 = base_of(old + second, given + second, fixed + second, j == 0, B, D, D, HAS_BASE, HAS_ANCHOR)
             z = tl.load(tile(own_work + b, C, B, H))
             d_z = tl.load(tile(own_work + PART + b, C, B, H))
             d_z -= tl.dot(d_d1, tl.trans(w2), input_precision=PRECISION) * slope_of(z, ACTIVATION)
@@ -315,15 +318,12 @@ def scan_backward(
             h1 = tl.dot(tl.trans(x0), d_z, input_precision=PRECISION)
             h2 = -tl.dot(tl.trans(activate(z, ACTIVATION)), d_d1, input_precision=PRECISION)
             if j == last_chunk:
-                h1 += tl.load(tile(own_base + b, D, B, H))
-                h2 += tl.load(tile(own_base + second, B, D, D))
-            tl.store(tile(grad + b, D, B, H), tl.load(tile(grad + b, D, B, H)) + h1)
-            tl.store(tile(grad + second, B, D, D), tl.load(tile(grad + second, B, D, D)) + h2)
-            if HAS_ANCHOR:
-                d_f1 = tl.load(tile(own_anchor + b, D, B, H)) + h1
-                d_f2 = tl.load(tile(own_anchor + second, B, D, D)) + h2
-                tl.store(tile(own_anchor + b, D, B, H), d_f1)
-                tl.store(tile(own_anchor + second, B, D, D), d_f2)
+                h1 += tl.load(tile(from_base + b, D, B, H))
+                h2 += tl.load(tile(from_base + second, B, D, D))
+            add_to_base(h1, grad + b, own_base + b, own_anchor + b, j == 0, D, B, H, HAS_BASE, HAS_ANCHOR)
+            add_to_base(
+                h2, grad + second, own_base + second, own_anchor + second, j == 0, B, D, D, HAS_BASE, HAS_ANCHOR
+            )
         tl.store(tile(d_k + chunk * C * D, C, D, D), d_x0)
         tl.debug_barrier()
         old -= state_stride

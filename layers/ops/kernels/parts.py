@@ -1,4 +1,4 @@
-"""What both kernels of a neural memory's scan use: places of tiles, the error, activations and their derivatives."""
+"""What both kernels of a neural memory's scan use: places of tiles, weights, the error, activations, derivatives."""
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 import triton
@@ -12,19 +12,67 @@ def tile(start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr)
 
 
 @triton.jit
+def base_of(
+    own, base, anchor, is_first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_ANCHOR: tl.constexpr,
+):  # fmt: skip
+    """W, a tile of the weights at which a chunk's gradients are taken: in the first chunk those given, if any."""
+    w = tl.load(tile(own, ROWS, COLUMNS, STRIDE))
+    if HAS_ANCHOR:
+        w += tl.load(tile(anchor, ROWS, COLUMNS, STRIDE))
+    return at_first(w, base, is_first, ROWS, COLUMNS, STRIDE, HAS_BASE)
+
+
+@triton.jit
+def at_first(
+    w, base, is_first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, HAS_BASE: tl.constexpr
+):
+    """``w``, or the tile at ``base`` in the first chunk of what has a base of its own."""
+    if HAS_BASE:  # noqa: SIM102 - known when compiling, which the other is not
+        if is_first:
+            w = tl.load(tile(base, ROWS, COLUMNS, STRIDE))
+    return w
+
+
+@triton.jit
+def add_to_base(
+    h, own, base, anchor, is_first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_ANCHOR: tl.constexpr,
+):  # fmt: skip
+    """Add ``h``, a gradient of ``base_of``, to those of what it took."""
+    if HAS_BASE:
+        if is_first:
+            to = tile(base, ROWS, COLUMNS, STRIDE)
+            tl.store(to, tl.load(to) + h)
+        else:
+            _add_to_sum(h, own, anchor, ROWS, COLUMNS, STRIDE, HAS_ANCHOR)
+    else:
+        _add_to_sum(h, own, anchor, ROWS, COLUMNS, STRIDE, HAS_ANCHOR)
+
+
+@triton.jit
+def _add_to_sum(
+    h, own, anchor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, HAS_ANCHOR: tl.constexpr
+):
+    to = tile(own, ROWS, COLUMNS, STRIDE)
+    tl.store(to, tl.load(to) + h)
+    if HAS_ANCHOR:
+        to = tile(anchor, ROWS, COLUMNS, STRIDE)
+        tl.store(to, tl.load(to) + h)
+
+
+@triton.jit
 def error_at_base(
-    k, v, old, fixed, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, B: tl.constexpr, HAS_ANCHOR: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    k, v, old, given, fixed, is_first, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, B: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_ANCHOR: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``v - M(W; k)`` of a chunk."""
     error = tl.load(tile(v, C, D, D))
     for b in range(0, H, B):
+        second = D * H + b * D  # of the part, which begins at b in the first layer
         x0 = tl.load(tile(k, C, D, D))
-        w1 = tl.load(tile(old + b, D, B, H))
-        w2 = tl.load(tile(old + D * H + b * D, B, D, D))
-        if HAS_ANCHOR:
-            w1 += tl.load(tile(fixed + b, D, B, H))
-            w2 += tl.load(tile(fixed + D * H + b * D, B, D, D))
+        w1 = base_of(old + b, given + b, fixed + b, is_first, D, B, H, HAS_BASE, HAS_ANCHOR)
+        w2 = base_of(old + second, given + second, fixed + second, is_first, B, D, D, HAS_BASE, HAS_ANCHOR)
         x1 = activate(tl.dot(x0, w1, input_precision=PRECISION), ACTIVATION)
         error -= tl.dot(x1, w2, input_precision=PRECISION)
     return error
@@ -32,18 +80,16 @@ def error_at_base(
 
 @triton.jit
 def squared_norms(
-    keys, d1, old, fixed, D: tl.constexpr, H: tl.constexpr, B: tl.constexpr, HAS_ANCHOR: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    keys, d1, old, given, fixed, is_first, D: tl.constexpr, H: tl.constexpr, B: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_ANCHOR: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of every token's first error and second input, each (C,)."""
     of_error = tl.zeros_like(tl.sum(d1, 1))
     of_input = tl.zeros_like(of_error)
     for b in range(0, H, B):
-        w1 = tl.load(tile(old + b, D, B, H))
-        w2 = tl.load(tile(old + D * H + b * D, B, D, D))
-        if HAS_ANCHOR:
-            w1 += tl.load(tile(fixed + b, D, B, H))
-            w2 += tl.load(tile(fixed + D * H + b * D, B, D, D))
+        second = D * H + b * D
+        w1 = base_of(old + b, given + b, fixed + b, is_first, D, B, H, HAS_BASE, HAS_ANCHOR)
+        w2 = base_of(old + second, given + second, fixed + second, is_first, B, D, D, HAS_BASE, HAS_ANCHOR)
         z = tl.dot(tl.load(keys), w1, input_precision=PRECISION)
         x1 = activate(z, ACTIVATION)
         d0 = tl.dot(d1, tl.trans(w2), input_precision=PRECISION) * slope_of(z, ACTIVATION)

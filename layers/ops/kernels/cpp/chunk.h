@@ -34,6 +34,13 @@ struct Memory {
 template <typename P>
 using Matrices = std::vector<P*>;
 
+// What a chunk starts from, or the gradients of that: the carried blocks, the anchor that the first is counted from,
+// and the weights at which gradients are taken, where these are not the first block's.
+template <typename P>
+struct States {
+  Matrices<P> carry, base, anchor;
+};
+
 template <typename T>
 class Chunk {
  public:
@@ -79,22 +86,24 @@ class Chunk {
     for (int64_t i = 0; has_anchor && i < depth; ++i) d_weights_.push_back(room(memory.numbers(i)));
   }
 
-  // Read into y, write the norms of the errors, and leave the new blocks in ``next``, which may be ``old``.
+  // Read into y, write the norms of the errors, and leave the new blocks in ``next``, which may be the old ones;
+  // ``at`` takes the weights at which gradients were taken, if it is not empty.
   void forward(
-      const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor,
-      const Matrices<T>& next, T* y, T* error_norm) {
-    keys(in, old, anchor);
+      const Fields<const T>& in, const States<const T>& from, const Matrices<T>& next, T* y, T* error_norm,
+      const Matrices<T>& at) {
+    keys(in, from);
+    for (int64_t i = 0; i < static_cast<int64_t>(at.size()); ++i) std::copy_n(w_[i], memory_.numbers(i), at[i]);
     for (int64_t t = 0; t < memory_.tokens; ++t) error_norm[t] = norm_d_.back()[t];
     errors(false);
-    reads(in, old, anchor, y);
-    writes(in, old, next);
+    reads(in, from, y);
+    writes(in, from.carry, next);
   }
 
-  // Compute the chunk again and its gradients. ``grad`` holds those of the new blocks and is left with those of the
-  // old; d_anchor is added to, where there is an anchor; d_base is that of the weights at the start, if it has any.
+  // Compute the chunk again and its gradients. ``grad.carry`` holds those of the new blocks and is left with those of
+  // the old; what else ``grad`` has is added to. d_at are those of the ``at`` that forward filled, or empty.
   void backward(
-      const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor, const T* d_y,
-      const Matrices<const T>& d_base, const Fields<T>& grads, const Matrices<T>& grad, const Matrices<T>& d_anchor);
+      const Fields<const T>& in, const States<const T>& from, const T* d_y, const Matrices<const T>& d_at,
+      const Fields<T>& grads, const States<T>& grad);
 
  private:
   T* room(int64_t size) {
@@ -106,16 +115,16 @@ class Chunk {
     each_vector<T>(size, [&](int64_t i) { (Vector<T>::loadu(from + i) + Vector<T>::loadu(to + i)).store(to + i); });
   }
 
-  // Keys through the weights the chunk starts from: z, x, slope, bend, the last error and its norm.
-  void keys(const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor) {
+  // Keys through the weights at which gradients are taken: z, x, slope, bend, the last error and its norm.
+  void keys(const Fields<const T>& in, const States<const T>& from) {
     const auto& m = memory_;
     const int64_t last = m.depth() - 1;
     x_[0] = in.k;
     for (int64_t i = 0; i <= last; ++i) {
-      w_[i] = old[i];
-      if (!anchor.empty()) {
-        std::copy_n(old[i], m.numbers(i), weights_[i]);
-        add(m.numbers(i), anchor[i], weights_[i]);
+      w_[i] = from.base.empty() ? from.carry[i] : from.base[i];
+      if (from.base.empty() && !from.anchor.empty()) {
+        std::copy_n(from.carry[i], m.numbers(i), weights_[i]);
+        add(m.numbers(i), from.anchor[i], weights_[i]);
         w_[i] = weights_[i];
       }
       if (i == last) break;
@@ -167,15 +176,14 @@ class Chunk {
 
   // Queries through the weights after each token, the last layer into y; without y not so far, as a backward pass
   // needs it.
-  void reads(
-      const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor, T* y) {
+  void reads(const Fields<const T>& in, const States<const T>& from, T* y) {
     const auto& m = memory_;
     const int64_t last = m.depth() - 1;
     a_[0] = in.q;
     for (int64_t i = 0; i <= last; ++i) {
-      const int64_t from = m.widths[i], to = m.widths[i + 1];
-      transpose(m.tokens, from, x_[i], flipped_);
-      product<T, Into::kSet, false, Causal::kResult>(m.tokens, from, m.tokens, a_[i], flipped_, score_[i]);
+      const int64_t width = m.widths[i], to = m.widths[i + 1];
+      transpose(m.tokens, width, x_[i], flipped_);
+      product<T, Into::kSet, false, Causal::kResult>(m.tokens, width, m.tokens, a_[i], flipped_, score_[i]);
       for (int64_t t = 0; t < m.tokens; ++t) {
         multiply(causal_width<T>(t), score_[i] + t * m.tokens, in.mix + t * m.tokens, mixed_[i] + t * m.tokens);
       }
@@ -183,9 +191,9 @@ class Chunk {
       T* out = i == last ? y : out_[i];
       product<T, Into::kSet, false, Causal::kLeft>(m.tokens, m.tokens, to, mixed_[i], d_[i], out);
       for (int64_t b = 0; b < m.blocks; ++b) {
-        product<T, Into::kAddScaled>(m.tokens, from, to, a_[i], old[b * m.depth() + i], out, {in.read_of(b)});
+        product<T, Into::kAddScaled>(m.tokens, width, to, a_[i], from.carry[b * m.depth() + i], out, {in.read_of(b)});
       }
-      if (!anchor.empty()) product<T, Into::kAdd>(m.tokens, from, to, a_[i], anchor[i], out);
+      if (!from.anchor.empty()) product<T, Into::kAdd>(m.tokens, width, to, a_[i], from.anchor[i], out);
       if (i == last) return;
       T* slope = out_slope_.empty() ? nullptr : out_slope_[i];
       m.jet(m.tokens * to, out, const_cast<T*>(a_[i + 1]), slope, nullptr);
@@ -233,8 +241,8 @@ class Chunk {
   void d_transition(
       const Fields<const T>& in, const Matrices<const T>& old, const Fields<T>& grads, const Matrices<T>& grad);
   void d_reads(
-      const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor, const T* d_y,
-      const Fields<T>& grads, const Matrices<T>& grad, const Matrices<T>& d_anchor);
+      const Fields<const T>& in, const States<const T>& from, const T* d_y, const Fields<T>& grads,
+      const States<T>& grad);
   void d_mixing(int64_t t, const T* mix, const T* score, T* d_mix, bool is_first);
   void d_limit();
   void d_errors(const Matrices<T>& d_weights);
@@ -266,7 +274,7 @@ class Chunk {
 
   const Memory<T>& memory_;
   std::vector<Room<T>> rooms_;
-  // A layer each. Inputs, errors and outputs are those of ``ChunkWork``; w are the weights at the chunk's start.
+  // A layer each. Inputs, errors and outputs are those of ``ChunkWork``; w are the weights that gradients are taken at.
   std::vector<const T*> x_, a_, w_;
   std::vector<T*> z_, e_, d_, out_, slope_, bend_, out_slope_, score_, mixed_, weights_, flipped_weights_;
   std::vector<T*> norm_x_, norm_d_, d_x_, d_d_, d_z_, d_weights_;

@@ -9,33 +9,33 @@ namespace memzoo {
 
 template <typename T>
 void Chunk<T>::backward(
-    const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor, const T* d_y,
-    const Matrices<const T>& d_base, const Fields<T>& grads, const Matrices<T>& grad, const Matrices<T>& d_anchor) {
-  keys(in, old, anchor);
+    const Fields<const T>& in, const States<const T>& from, const T* d_y, const Matrices<const T>& d_at,
+    const Fields<T>& grads, const States<T>& grad) {
+  keys(in, from);
   errors(true);
-  reads(in, old, anchor, nullptr);
+  reads(in, from, nullptr);
   d_x_[0] = grads.k;
   d_d_.back() = grads.v;
   for (int64_t i = 0; i < memory_.depth(); ++i) {
     std::fill_n(d_x_[i], memory_.tokens * memory_.widths[i], T(0));
     std::fill_n(d_d_[i], memory_.tokens * memory_.widths[i + 1], T(0));
   }
-  d_writes(in, grads, grad);
-  d_transition(in, old, grads, grad);
-  d_reads(in, old, anchor, d_y, grads, grad, d_anchor);
+  d_writes(in, grads, grad.carry);
+  d_transition(in, from.carry, grads, grad.carry);
+  d_reads(in, from, d_y, grads, grad);
   if (memory_.limit) d_limit();
-  const Matrices<T>& d_weights = anchor.empty() ? grad : d_weights_;
-  for (int64_t i = 0; i < memory_.depth() && !anchor.empty(); ++i) {
-    std::fill_n(d_weights[i], memory_.numbers(i), T(0));
-  }
+  // Of the weights that gradients are taken at: those given, or the first block, or its sum with the anchor.
+  const bool is_sum = from.base.empty() && !from.anchor.empty();
+  const Matrices<T>& d_weights = is_sum ? d_weights_ : from.base.empty() ? grad.carry : grad.base;
+  for (int64_t i = 0; i < memory_.depth() && is_sum; ++i) std::fill_n(d_weights[i], memory_.numbers(i), T(0));
   d_errors(d_weights);
   d_keys(d_weights);
   for (int64_t i = 0; i < memory_.depth(); ++i) {
     const int64_t size = memory_.numbers(i);
-    if (!d_base.empty()) add(size, d_base[i], d_weights[i]);
-    if (anchor.empty()) continue;
-    add(size, d_weights[i], grad[i]);
-    add(size, d_weights[i], d_anchor[i]);
+    if (!d_at.empty()) add(size, d_at[i], d_weights[i]);
+    if (!is_sum) continue;
+    add(size, d_weights[i], grad.carry[i]);
+    add(size, d_weights[i], grad.anchor[i]);
   }
 }
 
@@ -102,40 +102,41 @@ void Chunk<T>::d_transition(
 // From the reads, last layer first: out = diag(read) a old + mixed d + a anchor.
 template <typename T>
 void Chunk<T>::d_reads(
-    const Fields<const T>& in, const Matrices<const T>& old, const Matrices<const T>& anchor, const T* d_y,
-    const Fields<T>& grads, const Matrices<T>& grad, const Matrices<T>& d_anchor) {
+    const Fields<const T>& in, const States<const T>& from, const T* d_y, const Fields<T>& grads,
+    const States<T>& grad) {
   const auto& m = memory_;
   const int64_t last = m.depth() - 1, tokens = m.tokens;
   const int64_t vectors = tokens * Vector<T>::size();
   std::fill_n(dots_, m.blocks * vectors, T(0));
   const T* d_out = d_y;
   for (int64_t i = last; i >= 0; --i) {
-    const int64_t from = m.widths[i], to = m.widths[i + 1];
+    const int64_t width = m.widths[i], to = m.widths[i + 1];
     product<T, Into::kAdd, true, Causal::kLeft>(tokens, tokens, to, mixed_[i], d_out, d_d_[i]);
     transpose(tokens, to, d_[i], flipped_);
     product<T, Into::kSet, false, Causal::kResult>(tokens, to, tokens, d_out, flipped_, d_score_);
     for (int64_t t = 0; t < tokens; ++t) d_mixing(t, in.mix, score_[i], grads.mix, i == last);
     T* d_a = i ? d_a_ : grads.q;
-    product<T, Into::kSet, false, Causal::kLeft>(tokens, tokens, from, d_score_, x_[i], d_a);
-    product<T, Into::kAdd, true, Causal::kLeft>(tokens, tokens, from, d_score_, a_[i], d_x_[i]);
+    product<T, Into::kSet, false, Causal::kLeft>(tokens, tokens, width, d_score_, x_[i], d_a);
+    product<T, Into::kAdd, true, Causal::kLeft>(tokens, tokens, width, d_score_, a_[i], d_x_[i]);
     for (int64_t b = 0; b < m.blocks; ++b) {
       const T* flipped = flipped_;
-      if (b == 0 && anchor.empty()) {
+      const T* block = from.carry[b * m.depth() + i];
+      if (block == w_[i]) {
         flipped = flipped_weights_[i];
       } else {
-        transpose(from, to, old[b * m.depth() + i], flipped_);
+        transpose(width, to, block, flipped_);
       }
       product<T, Into::kPull>(
-          tokens, to, from, d_out, flipped, d_a, {in.read_of(b), a_[i], dots_ + b * vectors});
-      add_outer(i, a_[i], d_out, in.read_of(b), grad[b * m.depth() + i]);
+          tokens, to, width, d_out, flipped, d_a, {in.read_of(b), a_[i], dots_ + b * vectors});
+      add_outer(i, a_[i], d_out, in.read_of(b), grad.carry[b * m.depth() + i]);
     }
-    if (!anchor.empty()) {
-      transpose(from, to, anchor[i], flipped_);
-      product<T, Into::kAdd>(tokens, to, from, d_out, flipped_, d_a);
-      product<T, Into::kAdd, true>(from, tokens, to, a_[i], d_out, d_anchor[i]);
+    if (!from.anchor.empty()) {
+      transpose(width, to, from.anchor[i], flipped_);
+      product<T, Into::kAdd>(tokens, to, width, d_out, flipped_, d_a);
+      product<T, Into::kAdd, true>(width, tokens, to, a_[i], d_out, grad.anchor[i]);
     }
     if (i == 0) break;
-    pull(tokens * from, d_a, out_slope_[i - 1], d_out_);
+    pull(tokens * width, d_a, out_slope_[i - 1], d_out_);
     d_out = d_out_;
   }
   for (int64_t b = 0; b < m.blocks; ++b) sum_vectors(tokens, dots_ + b * vectors, grads.read_of(b));

@@ -104,12 +104,12 @@ Matrices<P> packed_matrices(const Memory<T>& memory, P* data) {
   return matrices;
 }
 
-// Fill y, error_norm, ends and base. The blocks between chunks go to ``inner`` (n - 1 or 1, R, numbers), the second to
-// be written over by every chunk.
+// Fill y, error_norm, ends and last_base. The blocks between chunks go to ``inner`` (n - 1 or 1, R, numbers), a single
+// one of which every chunk writes over.
 void scan(
-    std::vector<Tensor> inputs, std::vector<Tensor> start, std::vector<Tensor> anchor, Tensor last, Tensor inner,
-    Tensor y, Tensor error_norm, std::vector<Tensor> ends, std::vector<Tensor> base, std::vector<int64_t> widths,
-    std::string activation, double loss_scale, std::optional<double> limit) {
+    std::vector<Tensor> inputs, std::vector<Tensor> start, std::vector<Tensor> base, std::vector<Tensor> anchor,
+    Tensor last, Tensor inner, Tensor y, Tensor error_norm, std::vector<Tensor> ends, std::vector<Tensor> last_base,
+    std::vector<int64_t> widths, std::string activation, double loss_scale, std::optional<double> limit) {
   AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "neural_memory_scan", [&] {
     const auto memory = memory_of<scalar_t>(inputs, widths, activation, loss_scale, limit);
     const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1), kept = inner.size(0);
@@ -118,36 +118,37 @@ void scan(
       Rows<scalar_t> q(inputs[0], memory.tokens), k(inputs[1], memory.tokens), v(inputs[2], memory.tokens);
       Rows<scalar_t> reads(y, memory.tokens);
       for (int64_t row = begin; row < end; ++row) {
-        const auto fixed = matrices_of<const scalar_t>(anchor, row);
-        auto old = matrices_of<const scalar_t>(start, row);
-        const auto at_base = matrices_of<scalar_t>(base, row);
+        States<const scalar_t> from{
+            matrices_of<const scalar_t>(start, row), matrices_of<const scalar_t>(base, row),
+            matrices_of<const scalar_t>(anchor, row)};
         for (int64_t j = 0; j < chunks; ++j) {
           auto next = matrices_of<scalar_t>(ends, row);
           if (j + 1 < chunks) {
             scalar_t* place = inner.data_ptr<scalar_t>() + (std::min(j, kept - 1) * rows + row) * inner.size(2);
             next = packed_matrices(memory, place);
           }
-          for (int64_t i = 0; j == last.data_ptr<int32_t>()[row] && i < memory.depth(); ++i) {
-            std::copy_n(old[i], memory.numbers(i), at_base[i]);
-          }
+          Matrices<scalar_t> at;
+          if (j == last.data_ptr<int32_t>()[row]) at = matrices_of<scalar_t>(last_base, row);
           auto fields = coefficients_of<const scalar_t>(inputs, 3, j, row);
           fields.q = q.gather(j, row), fields.k = k.gather(j, row), fields.v = v.gather(j, row);
           scalar_t* norms = error_norm.data_ptr<scalar_t>() + (j * rows + row) * memory.tokens;
-          chunk.forward(fields, old, fixed, next, reads.room(), norms);
+          chunk.forward(fields, from, next, reads.room(), norms, at);
           reads.scatter(j, row);
-          old.assign(next.begin(), next.end());
+          from.carry.assign(next.begin(), next.end());
+          from.base.clear();
         }
       }
     });
   });
 }
 
-// Fill grads; d_start holds the gradients of the last blocks and is left with those of the first, d_anchor is added to.
+// Fill grads; d_start holds the gradients of the last blocks and is left with those of the first, d_base and d_anchor
+// are added to.
 void scan_gradients(
-    std::vector<Tensor> inputs, std::vector<Tensor> start, std::vector<Tensor> anchor, Tensor last, Tensor inner,
-    Tensor d_y, std::vector<Tensor> d_base, std::vector<Tensor> grads, std::vector<Tensor> d_start,
-    std::vector<Tensor> d_anchor, std::vector<int64_t> widths, std::string activation, double loss_scale,
-    std::optional<double> limit) {
+    std::vector<Tensor> inputs, std::vector<Tensor> start, std::vector<Tensor> base, std::vector<Tensor> anchor,
+    Tensor last, Tensor inner, Tensor d_y, std::vector<Tensor> d_last_base, std::vector<Tensor> grads,
+    std::vector<Tensor> d_start, std::vector<Tensor> d_base, std::vector<Tensor> d_anchor, std::vector<int64_t> widths,
+    std::string activation, double loss_scale, std::optional<double> limit) {
   AT_DISPATCH_FLOATING_TYPES(d_y.scalar_type(), "neural_memory_scan_gradients", [&] {
     const auto memory = memory_of<scalar_t>(inputs, widths, activation, loss_scale, limit);
     const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1);
@@ -157,21 +158,25 @@ void scan_gradients(
       Rows<scalar_t> d_q(grads[0], memory.tokens), d_k(grads[1], memory.tokens), d_v(grads[2], memory.tokens);
       Rows<scalar_t> d_reads(d_y, memory.tokens);
       for (int64_t row = begin; row < end; ++row) {
-        const auto fixed = matrices_of<const scalar_t>(anchor, row);
-        const auto grad = matrices_of<scalar_t>(d_start, row), of_anchor = matrices_of<scalar_t>(d_anchor, row);
+        const States<scalar_t> grad{
+            matrices_of<scalar_t>(d_start, row), matrices_of<scalar_t>(d_base, row),
+            matrices_of<scalar_t>(d_anchor, row)};
+        States<const scalar_t> from{{}, {}, matrices_of<const scalar_t>(anchor, row)};
         for (int64_t j = chunks - 1; j >= 0; --j) {
-          auto old = matrices_of<const scalar_t>(start, row);
           if (j > 0) {
             const scalar_t* place = inner.data_ptr<scalar_t>() + ((j - 1) * rows + row) * inner.size(2);
-            old = packed_matrices(memory, place);
+            from.carry = packed_matrices(memory, place);
+          } else {
+            from.carry = matrices_of<const scalar_t>(start, row);
+            from.base = matrices_of<const scalar_t>(base, row);
           }
-          Matrices<const scalar_t> of_base;
-          if (j == last.data_ptr<int32_t>()[row]) of_base = matrices_of<const scalar_t>(d_base, row);
+          Matrices<const scalar_t> d_at;
+          if (j == last.data_ptr<int32_t>()[row]) d_at = matrices_of<const scalar_t>(d_last_base, row);
           auto fields = coefficients_of<const scalar_t>(inputs, 3, j, row);
           fields.q = q.gather(j, row), fields.k = k.gather(j, row), fields.v = v.gather(j, row);
           auto to = coefficients_of<scalar_t>(grads, 3, j, row);
           to.q = d_q.room(), to.k = d_k.room(), to.v = d_v.room();
-          chunk.backward(fields, old, fixed, d_reads.gather(j, row), of_base, to, grad, of_anchor);
+          chunk.backward(fields, from, d_reads.gather(j, row), d_at, to, grad);
           d_q.scatter(j, row), d_k.scatter(j, row), d_v.scatter(j, row);
         }
       }
