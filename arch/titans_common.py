@@ -23,6 +23,7 @@ MEMORY_CHOICES = {
     "gate_groups": "1: a scalar gate per head; more gives groups of a linear memory's channels gates of their own",
     "lookahead_values": "off: a value is stored under its own token's key, not under the one before",
     "implicit_step": "off: explicit gradient steps; on for Longhorn's closed form",
+    "objective_window": "1: every step on its token's own loss; more for the Omega rule, with a share for every token",
 }
 """Options of ``NeuralMemory`` that the paper leaves open -> what is chosen."""
 

@@ -63,6 +63,7 @@ class TitansLMM(CausalLM):
         gate_groups: Groups of a linear memory's channels with gates of their own.
         lookahead_values: Store each value under the key of the token before.
         implicit_step: Solve the steps of a linear memory instead of following their gradients.
+        objective_window: Tokens whose losses each step of the memory descends.
         checkpoint_chunks: Recompute the memory in the backward pass, so many chunks at a time; None keeps everything.
         hidden_dim: Inner width of SwiGLU; None for 8/3 ``dim`` rounded up to a multiple of 64.
         tie_embeddings: Read the logits with the embedding matrix.
@@ -106,6 +107,7 @@ class TitansLMM(CausalLM):
         gate_groups: int = 1,
         lookahead_values: bool = False,
         implicit_step: bool = False,
+        objective_window: int = 1,
         checkpoint_chunks: int | None = None,
         hidden_dim: int | None = None,
         tie_embeddings: bool = True,
@@ -135,6 +137,7 @@ class TitansLMM(CausalLM):
                 gate_groups=gate_groups,
                 lookahead_values=lookahead_values,
                 implicit_step=implicit_step,
+                objective_window=objective_window,
                 checkpoint_chunks=checkpoint_chunks,
                 backend=backend,
             )

@@ -34,7 +34,7 @@ from memzoo.layers.memory_as_gate import MemoryAsGate, MemoryAsGateState
 from memzoo.layers.memory_as_layer import MemoryAsLayer, MemoryAsLayerState
 from memzoo.layers.memory_attention import MemoryAttention
 from memzoo.layers.memory_bank import MemoryBank
-from memzoo.layers.memory_family import delta_memory, longhorn, ttt_linear, ttt_mlp
+from memzoo.layers.memory_family import delta_memory, longhorn, omega_memory, ttt_linear, ttt_mlp
 from memzoo.layers.memory_feedforward import MemoryFeedForward
 from memzoo.layers.memory_gate import MemoryGate
 from memzoo.layers.mixer import SequenceMixer
@@ -133,6 +133,7 @@ __all__ = [
     "layer_entry",
     "list_layers",
     "longhorn",
+    "omega_memory",
     "register_layer",
     "ttt_linear",
     "ttt_mlp",

@@ -8,6 +8,7 @@ With ``e = M(k) - v`` and gradients at the chunk's base:
 | ``ttt_mlp`` | x + LN(gelu(x W_1) W_2) | W - theta grad |
 | ``delta_memory`` | x W | W - theta k^T e, every token at its own base |
 | ``longhorn`` | x W | the same with theta / (1 + theta abs(k)^2), one theta a value channel |
+| ``omega_memory`` | act(x W_1) W_2 | (1 - alpha) W - theta times the sum of gamma grad over the last 16 tokens |
 
 What surrounds the rule (projections, convolution, output norm and gate) is that of ``NeuralMemory``, not each paper's.
 """
@@ -91,5 +92,22 @@ def longhorn(dim: int, **options: Any) -> NeuralMemory:
     return NeuralMemory(dim, **PLAIN | rule | options)
 
 
-for _build in (ttt_linear, ttt_mlp, delta_memory, longhorn):
+def omega_memory(dim: int, **options: Any) -> NeuralMemory:
+    """Build OmegaNet's rule: every step descends the losses of the last 16 tokens, each times its own share.
+
+    Args:
+        dim: Width of ``x`` and ``y``.
+        options: Of ``NeuralMemory``; they take precedence over those that make the rule.
+
+    Raises:
+        ValueError: ``NeuralMemory`` refuses an option.
+
+    Reference:
+        Behrouz et al., arXiv 2505.23735, equations 9 and 10. The paper expands keys and queries in polynomials, which
+        this does not; a share belongs to a token, not to a token and a step.
+    """
+    return NeuralMemory(dim, **{"momentum": False, "objective_window": 16} | options)
+
+
+for _build in (ttt_linear, ttt_mlp, delta_memory, longhorn, omega_memory):
     register_layer(_build.__name__, "mixer")(functools.partial(_build, num_heads=2))

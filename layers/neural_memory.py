@@ -19,13 +19,18 @@ from memzoo.layers.neural_memory_parts import (
     NeuralMemoryState,
     check_options,
     delay,
+    gate_bias,
     gate_values,
     hidden_width,
     implicit_rate,
     is_online,
     join_columns,
     part_columns,
+    part_tokens,
+    seen_before,
+    still_seen,
     unit,
+    used_gates,
     where_read,
 )
 from memzoo.layers.norm import RMSNorm
@@ -80,6 +85,8 @@ class NeuralMemory(SequenceMixer):
             follows.
         implicit_step: Solve each step's loss instead of following its gradient, theta / (1 + theta |k|^2), as in
             Longhorn (arXiv 2407.14207). Only of a linear memory with ``chunk_size=1``.
+        objective_window: Tokens whose losses each step descends, its own the last, each times its share gamma: the
+            Omega rule of ATLAS (arXiv 2505.23735). 1 is Titans, without gamma.
         checkpoint_chunks: Keep only the state before every so many chunks for the backward pass and compute the rest
             again; None keeps everything. Equal gradients, less memory, more time.
         backend: Of the memory's scan: "auto" or "torch"; "cpp" for a kernel on the CPU, which the convolution then has
@@ -96,10 +103,10 @@ class NeuralMemory(SequenceMixer):
 
     Note:
         The paper gives no sizes, gate activations or initial weights. Ours: sigmoid gates, one a token and head, with
-        alpha starting near 0.02 and eta at 0.5; learned initial weights M_0, drawn with variance
-        1 / fan-in and zero for a matrix; convolution width 4 as in Gated DeltaNet; output norm and gate likewise.
+        alpha starting near 0.02, eta at 0.5, gamma at one over the window; learned initial weights M_0, drawn with
+        variance 1 / fan-in and zero for a matrix; convolution width 4, output norm and gate as in Gated DeltaNet.
         Not twice differentiable, and closed to ``torch.func``: the backward pass of the scan is written out.
-        Signals: ``theta``, ``eta``, ``alpha``, ``surprise`` (norm of the error M(W_b; k) - v), each
+        Signals: ``theta``, ``eta``, ``alpha``, ``gamma``, ``surprise`` (norm of the error M(W_b; k) - v), each
         (batch, time, heads * gate_groups).
     """
 
@@ -130,6 +137,7 @@ class NeuralMemory(SequenceMixer):
         gate_groups: int = 1,
         lookahead_values: bool = False,
         implicit_step: bool = False,
+        objective_window: int = 1,
         checkpoint_chunks: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -150,6 +158,7 @@ class NeuralMemory(SequenceMixer):
             residual_norm=residual_norm,
             gate_groups=gate_groups,
             implicit_step=implicit_step,
+            objective_window=objective_window,
             checkpoint_chunks=checkpoint_chunks,
             backend=backend,
         )
@@ -159,17 +168,21 @@ class NeuralMemory(SequenceMixer):
         self.max_learning_rate = chunk_size**-0.5 if max_learning_rate is None else max_learning_rate
         self.loss_scale, self.max_gradient_norm = loss_scale, max_gradient_norm
         self.lookahead_values, self.implicit_step = lookahead_values, implicit_step
-        self.checkpoint_chunks, self.backend = checkpoint_chunks, backend
-        self.is_online = is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm)
+        self.objective_window, self.checkpoint_chunks, self.backend = objective_window, checkpoint_chunks, backend
+        own_loss = objective_window == 1
+        self.is_online = is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm, own_loss)
         widths = [head_dim, *[hidden_width(head_dim, memory_expansion)] * (memory_depth - 1), head_dim]
         self.query_key_value = nn.Linear(dim, 3 * inner, bias=False)
+        self._has = dict(
+            momentum=momentum, convolution=conv_width is not None, lookahead=lookahead_values, window=not own_loss
+        )
         own = "cpp" if backend == "cpp" else "auto"
         self.conv = None if conv_width is None else ShortConv(3 * inner, width=conv_width, backend=own)
         self.num_gates = num_heads * gate_groups
-        self.gates = nn.Linear(dim, (1 + momentum + forgetting) * self.num_gates)  # theta, eta, alpha: those in use
-        self.initial_weights = nn.ParameterList(
-            torch.empty(num_heads, d_in, d_out) for d_in, d_out in itertools.pairwise(widths)
-        )
+        self.gate_names = used_gates(momentum=momentum, forgetting=forgetting, own_loss=own_loss)
+        self.gates = nn.Linear(dim, len(self.gate_names) * self.num_gates)
+        self.weight_shapes = [(num_heads, *pair) for pair in itertools.pairwise(widths)]
+        self.initial_weights = nn.ParameterList(torch.empty(shape) for shape in self.weight_shapes)
         self.norm_gain = nn.Parameter(torch.empty(num_heads, head_dim)) if residual_norm else None
         if residual_norm:
             self.no_weight_decay += ("norm_gain", "norm_bias")
@@ -186,9 +199,8 @@ class NeuralMemory(SequenceMixer):
             # A matrix may start empty; a deeper memory of zeros would have no gradient, ever.
             std = 0.0 if len(self.initial_weights) == 1 else weight.shape[1] ** -0.5
             nn.init.normal_(weight, std=std)
-        nn.init.zeros_(self.gates.bias)
-        if self.forgetting:  # sigmoid(0) = 0.5 would forget everything within a few tokens
-            self.gates.bias[-self.num_gates :] = -4.0
+        for name, bias in zip(self.gate_names, self.gates.bias.split(self.num_gates), strict=True):
+            bias.fill_(gate_bias(name, self.objective_window))
         if self.norm_gain is not None and self.norm_bias is not None:
             nn.init.ones_(self.norm_gain)
             nn.init.zeros_(self.norm_bias)
@@ -199,22 +211,17 @@ class NeuralMemory(SequenceMixer):
         """Return the state of fresh rows: zeros, which ``mix`` reads as the learned initial weights."""
         like = self.initial_weights[0]
         device, dtype = device or like.device, dtype or like.dtype
-        counts = torch.zeros(batch_size, dtype=torch.long, device=device)
-        kept = torch.promote_types(dtype, torch.float32)
-
-        def zeros() -> Weights:
-            return tuple(torch.zeros(batch_size, *w.shape, dtype=kept, device=device) for w in self.initial_weights)
-
         conv = None if self.conv is None else self.conv.initial_state(batch_size, device=device, dtype=dtype)
-        key = torch.zeros(batch_size, self.num_heads, self.head_dim, dtype=kept, device=device)
-        return NeuralMemoryState(
-            counts,
-            counts.clone(),
-            zeros(),
-            zeros() if self.momentum else (),
-            zeros(),
+        return NeuralMemoryState.zeros(
+            batch_size,
+            self.weight_shapes,
             conv,
-            (key,) if self.lookahead_values else (),
+            momentum=self.momentum,
+            lookahead=self.lookahead_values,
+            past=self.objective_window - 1,
+            num_gates=self.num_gates,
+            device=device,
+            dtype=torch.promote_types(dtype, torch.float32),
         )
 
     def mix(
@@ -240,27 +247,23 @@ class NeuralMemory(SequenceMixer):
         """
         own = cast(NeuralMemoryState | None, state)
         if own is not None:
-            own.check(
-                [tuple(w.shape) for w in self.initial_weights],
-                momentum=self.momentum,
-                convolution=self.conv is not None,
-                lookahead=self.lookahead_values,
-            )
+            own.check(self.weight_shapes, **self._has)
         _, after, document = counters(state, x, lengths)
         q, k, v, conv = self._project(x, None if own is None else own.conv, lengths)
         last_key: tuple[Tensor, ...] = ()
         if self.lookahead_values:
             k, last = delay(k, None if own is None else own.last_key[0], lengths)
             last_key = (last.to(torch.promote_types(last.dtype, torch.float32)),)
-        gates = gate_values(self.gates, x, self.max_learning_rate, momentum=self.momentum, forgetting=self.forgetting)
+        gates = gate_values(self.gates, x, self.gate_names, self.max_learning_rate)
         if self.implicit_step:
-            gates = implicit_rate(gates[0], k, self.loss_scale, self.gate_groups), *gates[1:]
+            gates = Gates(implicit_rate(gates.theta, k, self.loss_scale, self.gate_groups), *gates[1:])
         y, weights, momentum, base = self._scan(q, k, v, gates, own, lengths, trace, position)
+        recent = still_seen(k, v, gates.gamma, own, lengths, self.objective_window)
         if trace is not None:
-            for name, gate in zip(("theta", "eta", "alpha"), gates, strict=True):
+            for name, gate in zip(Gates._fields, gates, strict=True):
                 if gate is not None:
                     trace.signal(name, gate)
-        return y, NeuralMemoryState(after, document, weights, momentum, base, conv, last_key)
+        return y, NeuralMemoryState(after, document, weights, momentum, base, conv, last_key, recent)
 
     def _scan(
         self,
@@ -279,9 +282,8 @@ class NeuralMemory(SequenceMixer):
         weights = state.weights if state is not None and begun else self.current_weights(state, len(q))
         momentum = None if state is None else state.momentum
         anchor = self._initial(len(q)) if self.decay_to_init else None
-        if groups > 1:  # every group is a head of its own that shares its keys
-            q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
-            v = v.unflatten(-1, (groups, -1)).flatten(2, 3)
+        if groups > 1:
+            (k, v), q = part_tokens(groups, k, v), q.repeat_interleave(groups, 2)
             weights = part_columns(weights, groups)
             momentum, anchor = (part and part_columns(part, groups) for part in (momentum, anchor))
         options: dict[str, Any] = dict(
@@ -293,26 +295,23 @@ class NeuralMemory(SequenceMixer):
             trace=trace,
         )
         if self.is_online and (q.shape[1] > 1 or torch.is_grad_enabled()):
-            y, weights, momentum = neural_memory_online_scan(q, k, v, *gates, weights, momentum, **options)
+            y, weights, momentum = neural_memory_online_scan(q, k, v, *gates[:3], weights, momentum, **options)
             base = weights
         else:
-            known = position or 0  # of fresh rows, or as the caller says
             y, weights, momentum, base = neural_memory_scan(
-                q,
-                k,
-                v,
-                *gates,
-                weights,
-                momentum,
+                q, k, v, *gates[:3], weights, momentum,
                 chunk_size=self.chunk_size,
                 activation=self.activation,
-                position=known if state is None or position is not None else state.position,
+                position=state.position if state is not None and position is None else position or 0,
                 base=None if state is None else part_columns(state.base, groups),
                 max_gradient_norm=self.max_gradient_norm,
                 norm=self._norm,
+                window=self.objective_window,
+                gamma=gates.gamma,
+                recent=None if state is None else seen_before(state, groups),
                 checkpoint_chunks=self.checkpoint_chunks,
                 **options,
-            )
+            )  # fmt: skip
             if position is not None and lengths is not None and state is not None:  # rows may have stopped elsewhere
                 base = where_read(lengths, base, part_columns(state.base, groups))
         if groups > 1:
@@ -373,8 +372,7 @@ class NeuralMemory(SequenceMixer):
             y = self.output_norm(y)
         if self.output_gate is not None:
             y = silu_product(self.output_gate(x) if gate is None else gate, y)
-        projected: Tensor = self.out(y)
-        return projected
+        return cast(Tensor, self.out(y))
 
     @property
     def _norm(self) -> tuple[Tensor, Tensor] | None:

@@ -1,7 +1,9 @@
 """Parts of the NeuralMemory layer: its state, how it shapes what it stores, and checks of its options."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,19 @@ from memzoo.layers.ops.cpp_library import require_compiler
 from memzoo.layers.ops.elementwise import unit_norm
 from memzoo.layers.ops.memory_arguments import Weights
 from memzoo.layers.ops.neural_memory_fused import BACKENDS, check_fused
+from memzoo.layers.ops.neural_memory_window import Recent, latest, with_recent
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.short_conv import ShortConvState
 from memzoo.layers.state import MixerState
 
-Gates = tuple[Tensor, Tensor | None, Tensor]  # theta, eta, alpha
+
+class Gates(NamedTuple):
+    """What a token's write is weighed with, (batch, time, gates) each; None where the memory has no such gate."""
+
+    theta: Tensor
+    eta: Tensor | None
+    alpha: Tensor
+    gamma: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,8 @@ class NeuralMemoryState(MixerState):
         conv: Tail of the short convolution; None without one.
         last_key: Key of the last token, (batch, heads, head_dim), which waits for its value; () unless the layer has
             ``lookahead_values``.
+        recent: Keys, values and shares of the last ``objective_window - 1`` tokens, (batch, tokens, heads, head_dim)
+            and, of the shares, (batch, tokens, gates); () with a window of 1.
     """
 
     weights: Weights
@@ -39,16 +51,55 @@ class NeuralMemoryState(MixerState):
     base: Weights
     conv: ShortConvState | None
     last_key: tuple[Tensor, ...]
+    recent: tuple[Tensor, ...]
 
-    def check(self, shapes: list[tuple[int, ...]], **options: bool) -> None:
+    @staticmethod
+    def zeros(
+        batch_size: int,
+        shapes: Sequence[tuple[int, ...]],
+        conv: ShortConvState | None,
+        *,
+        momentum: bool,
+        lookahead: bool,
+        past: int,
+        num_gates: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> "NeuralMemoryState":
+        """Return the state of fresh rows with memories of these shapes, of which a write sees ``past`` tokens more."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+
+        weights, surprise, base = (tuple(zeros(*shape) for shape in shapes) for _ in range(3))
+        num_heads, head_dim, *_ = shapes[0]
+        token = num_heads, head_dim
+        count = torch.zeros(batch_size, dtype=torch.long, device=device)
+        return NeuralMemoryState(
+            count,
+            count.clone(),
+            weights,
+            surprise if momentum else (),
+            base,
+            conv,
+            (zeros(*token),) if lookahead else (),
+            (zeros(past, *token), zeros(past, *token), zeros(past, num_gates)) if past else (),
+        )
+
+    def check(self, shapes: Sequence[tuple[int, ...]], **options: bool) -> None:
         """Require memories of these shapes and parts for these options.
 
         Raises:
             ValueError: The state is of another layer.
         """
         own = [tuple(w.shape[1:]) for w in self.weights]
-        parts = {"momentum": len(self.momentum), "convolution": self.conv is not None, "lookahead": len(self.last_key)}
-        if own != shapes or any(bool(parts[name]) != wanted for name, wanted in options.items()):
+        parts = {
+            "momentum": len(self.momentum),
+            "convolution": self.conv is not None,
+            "lookahead": len(self.last_key),
+            "window": len(self.recent),
+        }
+        if own != list(shapes) or any(bool(parts[name]) != wanted for name, wanted in options.items()):
             theirs = ", ".join(f"{name}={bool(part)}" for name, part in parts.items())
             ours = ", ".join(f"{name}={wanted}" for name, wanted in options.items())
             raise ValueError(
@@ -57,9 +108,11 @@ class NeuralMemoryState(MixerState):
             )
 
 
-def is_online(chunk_size: int, memory_depth: int, max_gradient_norm: float | None, residual_norm: bool) -> bool:
+def is_online(
+    chunk_size: int, memory_depth: int, max_gradient_norm: float | None, residual_norm: bool, own_loss: bool
+) -> bool:
     """Whether one triangular solve for many tokens does what the chunk form would do token by token."""
-    return chunk_size == memory_depth == 1 and max_gradient_norm is None and not residual_norm
+    return chunk_size == memory_depth == 1 and max_gradient_norm is None and not residual_norm and own_loss
 
 
 def hidden_width(head_dim: int, memory_expansion: float) -> int:
@@ -89,6 +142,7 @@ def check_options(
     residual_norm: bool,
     gate_groups: int,
     implicit_step: bool,
+    objective_window: int,
     checkpoint_chunks: int | None,
     backend: str,
 ) -> None:
@@ -123,7 +177,12 @@ def check_options(
             f"gate_groups={gate_groups} needs a memory whose columns learn apart; use memory_depth=1 and "
             f"residual_norm=False"
         )
-    if is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm) and checkpoint_chunks is not None:
+    check_positive("objective_window", objective_window, "1 is a step on a token's own loss")
+    own_loss = objective_window == 1
+    if (
+        is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm, own_loss)
+        and checkpoint_chunks is not None
+    ):
         raise ValueError(
             f"checkpoint_chunks={checkpoint_chunks} is for the chunk form; a linear memory with chunk_size=1 is "
             f"solved in blocks and keeps little as it is: use None"
@@ -132,27 +191,40 @@ def check_options(
         backend,
         memory_depth=memory_depth,
         residual_norm=residual_norm,
+        is_windowed=not own_loss,
         checkpoint_chunks=checkpoint_chunks,
         head_dim=head_dim,
         hidden_widths=[hidden_width(head_dim, memory_expansion)] * (memory_depth - 1),
         chunk_size=chunk_size,
     )
-    if implicit_step and (chunk_size, memory_depth, residual_norm) != (1, 1, False):
+    if implicit_step and (chunk_size, memory_depth, residual_norm, own_loss) != (1, 1, False, True):
         raise ValueError(
             "implicit_step=True has a closed form for a linear memory written token by token only; use "
-            "memory_depth=1, chunk_size=1 and residual_norm=False"
+            "memory_depth=1, chunk_size=1, residual_norm=False and objective_window=1"
         )
 
 
-def gate_values(linear: nn.Linear, x: Tensor, most: float, *, momentum: bool, forgetting: bool) -> Gates:
-    """Return theta up to ``most``, eta or None, and alpha or zeros, each (batch, time, gates), in at least float32."""
+def used_gates(*, momentum: bool, forgetting: bool, own_loss: bool) -> list[str]:
+    """Return the names of a memory's gates, in the order of their values."""
+    used = {"theta": True, "eta": momentum, "alpha": forgetting, "gamma": not own_loss}
+    return [name for name, is_used in used.items() if is_used]
+
+
+def gate_bias(name: str, window: int) -> float:
+    """Return what a gate starts at, before its sigmoid."""
+    if name == "alpha":  # sigmoid(0) = 0.5 would forget everything within a few tokens
+        return -4.0
+    return -math.log(window - 1) if name == "gamma" else 0.0  # steps as long as on one token's loss
+
+
+def gate_values(linear: nn.Linear, x: Tensor, names: Sequence[str], most: float) -> Gates:
+    """Return the gates of these ``names``, theta up to ``most``, in at least float32; alpha is zeros without one."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     with no_autocast(x.device):
-        gates = F.linear(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
-    values = list(gates.sigmoid().chunk(1 + momentum + forgetting, dim=-1))
-    theta = values.pop(0) * most
-    eta = values.pop(0) if momentum else None
-    return theta, eta, values.pop(0) if forgetting else torch.zeros_like(theta)
+        values = F.linear(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype)).sigmoid()
+    gates = dict(zip(names, values.chunk(len(names), dim=-1), strict=True))
+    theta = gates["theta"] * most
+    return Gates(theta, gates.get("eta"), gates.get("alpha", torch.zeros_like(theta)), gates.get("gamma"))
 
 
 def implicit_rate(theta: Tensor, k: Tensor, loss_scale: float, groups: int) -> Tensor:
@@ -171,6 +243,30 @@ def join_columns(weights: Weights, groups: int) -> Weights:
     return tuple(w.unflatten(1, (-1, groups)).transpose(2, 3).flatten(3) for w in weights)
 
 
+def part_tokens(groups: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Make every group of value channels (batch, time, heads, width) a head of its own, with its head's keys."""
+    return k.repeat_interleave(groups, 2), v.unflatten(-1, (groups, -1)).flatten(2, 3)
+
+
+def seen_before(state: NeuralMemoryState, groups: int) -> Recent | None:
+    """Return ``state.recent``, every group of value channels a head of its own."""
+    if not state.recent:
+        return None
+    k, v, gamma = state.recent
+    return *part_tokens(groups, k, v), gamma
+
+
+def still_seen(
+    k: Tensor, v: Tensor, gamma: Tensor | None, state: NeuralMemoryState | None, lengths: Tensor | None, window: int
+) -> tuple[Tensor, ...]:
+    """Return what the next call's writes see of tokens up to here, ``NeuralMemoryState.recent``."""
+    if window == 1:
+        return ()
+    before = None if state is None else cast(Recent, state.recent)
+    tokens = latest(with_recent(k, v, gamma, before, window), lengths, window)
+    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tokens)
+
+
 def where_read(lengths: Tensor, new: Weights, old: Weights) -> Weights:
     """Return what a call made, in rows that have read any token, and what was there before in others."""
     moved = (lengths > 0).view(-1, 1, 1, 1)
@@ -181,8 +277,8 @@ def delay(k: Tensor, last: Tensor | None, lengths: Tensor | None) -> tuple[Tenso
     """Return each token's predecessor's key, zeros before the first, and the key that the next call begins with."""
     first = torch.zeros_like(k[:, 0]) if last is None else last.to(k.dtype)
     keys = torch.cat([first[:, None], k], 1)
-    if lengths is None:
-        return keys[:, :-1], keys[:, -1]
+    if lengths is None:  # a copy, since a view would keep all keys alive
+        return keys[:, :-1], keys[:, -1].clone()
     return keys[:, :-1], keys[torch.arange(len(k), device=k.device), lengths]
 
 

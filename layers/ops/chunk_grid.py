@@ -87,10 +87,24 @@ class ChunkGrid:
             _per_row(((phase + end) % chunk_size == 0)[:, 0], heads),
         )
 
-    def cut(self, x: Tensor) -> Tensor:
-        """(batch, time, heads, ...) -> (chunks, batch * heads, width, ...)."""
-        x = self.fill(x).unflatten(1, (self.chunks, self.width)).movedim(3, 1).movedim(2, 0)
+    def cut(self, x: Tensor, before: int = 0) -> Tensor:
+        """(batch, before + time, heads, ...) -> (chunks, batch * heads, before + width, ...).
+
+        With ``before``, a chunk is given that many tokens more, those in front of its own.
+        """
+        x = self._overlap(x, before) if before else self.fill(x)
+        x = x.unflatten(1, (self.chunks, before + self.width)).movedim(3, 1).movedim(2, 0)
         return x.flatten(1, 2).contiguous()
+
+    def _overlap(self, x: Tensor, before: int) -> Tensor:
+        """(batch, before + time, ...) -> (batch, chunks * (before + width), ...)."""
+        within = torch.arange(before + self.width, device=x.device)
+        if self.source is None:
+            first = torch.arange(self.chunks, device=x.device) * self.width
+            return x[:, (first[:, None] + within).flatten().clamp_max(x.shape[1] - 1)]
+        index = (self.source[:, :: self.width, None] + within).flatten(1).clamp_max(x.shape[1] - 1)
+        index = index.view(*index.shape, *([1] * (x.dim() - 2)))
+        return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
     def fill(self, x: Tensor) -> Tensor:
         """(batch, time, ...) -> (batch, chunks * width, ...): a token in every slot, zeros or any where there is none.

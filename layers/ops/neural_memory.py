@@ -31,6 +31,7 @@ from memzoo.layers.ops.neural_memory_fused import BACKENDS, FusedScan, choose_fu
 from memzoo.layers.ops.neural_memory_norm import normalise
 from memzoo.layers.ops.neural_memory_step import neural_memory_step
 from memzoo.layers.ops.neural_memory_tables import chunk_coefficients
+from memzoo.layers.ops.neural_memory_window import Recent, check_window, share_out, with_recent
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.trace import Trace
 
@@ -54,6 +55,9 @@ def neural_memory(
     anchor: Weights | None = None,
     max_gradient_norm: float | None = None,
     norm: tuple[Tensor, Tensor] | None = None,
+    window: int = 1,
+    gamma: Tensor | None = None,
+    recent: Recent | None = None,
     lengths: Tensor | None = None,
     checkpoint_chunks: int | None = None,
     backend: str = "auto",
@@ -82,24 +86,29 @@ def neural_memory(
             a token whose squared norm is not finite writes nothing.
         norm: Gain and bias of a residual and a LayerNorm in the memory, M(x) = x + LN(MLP(x)), as in TTT; they are
             not trained inside. None for a plain MLP.
+        window: Tokens whose losses a step descends, its own the last: the Omega rule of ATLAS. The chunk's gradients
+            are all taken at its base, those of tokens before it too. 1 is Titans.
+        gamma: Share of each token's loss in the steps that see it; 1 by default.
+        recent: Keys, values and shares of the ``window - 1`` tokens before the first; none by default.
         lengths: Tokens that exist in each row, from the left; all by default. Outputs past them are zero.
         checkpoint_chunks: Keep for the backward pass only the state before every so many chunks and compute the rest
             again, group by group: memory for one group's work instead of all. None keeps everything.
-        backend: "torch"; "auto", which is the same; "cpp" or "triton", one kernel forward and one backward without
-            ``norm`` and ``checkpoint_chunks``: the first on a CPU, compiled when it is first used, of widths and chunks
-            that 16 divides; the second on a GPU, of a memory of two layers.
+        backend: "torch"; "auto", which is the same; "cpp" or "triton", one kernel forward and one backward, without
+            ``norm``, ``window``, ``gamma`` and ``checkpoint_chunks``: the first on a CPU, compiled when it is first
+            used, of widths and chunks that 16 divides; the second on a GPU, of a memory of two layers.
 
     Shape:
-        q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha: (batch, time, heads).
+        q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha, gamma: (batch, time, heads).
         weights, momentum, base, anchor: (batch, heads, d_{l-1}, d_l), l = 1..L. gain, bias: (heads, d_L).
-        lengths: (batch,).
+        recent: as k, v and gamma, of window - 1 tokens. lengths: (batch,).
         Returns y (batch, time, heads, d_L), the weights and the momentum after the last token; ``()`` without eta.
 
     Raises:
         ValueError: A shape does not fit, or an option is unknown.
 
     Reference:
-        arXiv 2501.00663, sections 3.1 and 3.2. Loop twin: ``memzoo.layers.reference.neural_memory``.
+        arXiv 2501.00663, sections 3.1 and 3.2; the window, arXiv 2505.23735, equation 9.
+        Loop twin: ``memzoo.layers.reference.neural_memory``.
 
     Note:
         The paper's chunk index puts the last token of a chunk on its own weights; its worked example, which this
@@ -108,8 +117,8 @@ def neural_memory(
     y, weights, momentum, _ = neural_memory_scan(
         q, k, v, theta, eta, alpha, weights, momentum,
         chunk_size=chunk_size, activation=activation, loss_scale=loss_scale, read=read, position=position, base=base,
-        anchor=anchor, max_gradient_norm=max_gradient_norm, norm=norm, lengths=lengths,
-        checkpoint_chunks=checkpoint_chunks, backend=backend,
+        anchor=anchor, max_gradient_norm=max_gradient_norm, norm=norm, window=window, gamma=gamma, recent=recent,
+        lengths=lengths, checkpoint_chunks=checkpoint_chunks, backend=backend,
     )  # fmt: skip
     return y, weights, momentum
 
@@ -133,6 +142,9 @@ def neural_memory_scan(
     anchor: Weights | None = None,
     max_gradient_norm: float | None = None,
     norm: tuple[Tensor, Tensor] | None = None,
+    window: int = 1,
+    gamma: Tensor | None = None,
+    recent: Recent | None = None,
     lengths: Tensor | None = None,
     checkpoint_chunks: int | None = None,
     backend: str = "auto",
@@ -159,6 +171,8 @@ def neural_memory_scan(
         norm=norm,
     )
     check_positive("chunk_size", chunk_size)
+    check_positive("window", window, "1 is a step on a token's own loss")
+    check_window(window, gamma, recent, k, v)
     check_choice("read", read, ("post", "pre"))
     check_backend(backend, BACKENDS)
     check_choice("activation", activation, ACTIVATIONS)
@@ -170,11 +184,14 @@ def neural_memory_scan(
     batch, time, heads, _ = q.shape
     dtype = working_dtype(q, theta, alpha, weights[0])
     q, k, v, theta = blank_behind(lengths, q, k, v, theta)  # the tables take no other gate from there
+    is_windowed = window > 1 or gamma is not None
+    gamma = None if gamma is None else blank_behind(lengths, gamma.to(dtype))[0]
     if time == 1 and isinstance(position, Tensor) and not torch.is_grad_enabled():  # generation
         y, error, new_weights, new_momentum, last_base = neural_memory_step(
             q, k, v, theta, eta, alpha, weights, momentum,
             chunk_size=chunk_size, activation=activation, loss_scale=loss_scale, read=read, position=position,
-            base=base, anchor=anchor, max_gradient_norm=max_gradient_norm, norm=norm, lengths=lengths,
+            base=base, anchor=anchor, max_gradient_norm=max_gradient_norm, norm=norm, window=window, gamma=gamma,
+            recent=recent, lengths=lengths,
         )  # fmt: skip
         if trace is not None and trace.wants_signals:
             trace.signal("surprise", error)
@@ -184,7 +201,8 @@ def neural_memory_scan(
         q, k, v = (t.to(dtype) for t in (q, k, v))
         backend = choose_fused(
             backend, (q, k, v), weights,
-            chunk_size=chunk_size, residual_norm=norm is not None, checkpoint_chunks=checkpoint_chunks,
+            chunk_size=chunk_size, residual_norm=norm is not None, is_windowed=is_windowed,
+            checkpoint_chunks=checkpoint_chunks,
         )  # fmt: skip
         width = chunk_width(backend, time, chunk_size)
         grid = ChunkGrid.lay_out(batch, time, heads, chunk_size, position, lengths, q.device, width)
@@ -213,10 +231,15 @@ def neural_memory_scan(
         norm_rows = () if norm is None else tuple(t.to(dtype).repeat(batch, 1)[:, None] for t in norm)
         carry = (*first, *past)
         if backend == "torch":
-            inputs = (grid.cut(q), grid.cut(k), grid.cut(v), theta, eta, alpha)
+            shares = None
+            if is_windowed:
+                k, v, shares = with_recent(k, v, gamma, recent, window)
+                shares = grid.cut(shares, window - 1)
+            inputs = (grid.cut(q), grid.cut(k, window - 1), grid.cut(v, window - 1), theta, eta, alpha, shares)
             y, errors, carry, last_base = _scan(
                 settings, read, checkpoint_chunks, grid, inputs, carry, base, anchor, norm_rows
             )
+            errors = errors[..., window - 1 :]
         else:
             y, errors, carry, last_base = _scan_fused(
                 settings, read, grid, (q, k, v), (theta, eta, alpha), carry, base, anchor
@@ -242,7 +265,7 @@ def _scan(
     read: str,
     group: int | None,
     grid: ChunkGrid,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
     carry: Weights,
     base: Weights | None,
     anchor: Weights,
@@ -250,7 +273,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Weights, Weights]:
     """Scan all chunks, ``group`` of them at a time; return what was read, errors, carry and last base."""
     num_chunks, depth = grid.chunks, settings.depth
-    q, k, v, theta, eta, alpha = inputs
+    q, k, v, theta, eta, alpha, shares = inputs
     reads, errors = [], []
     last_base = base or base_weights(carry[:depth], anchor)
     for begin in range(0, num_chunks, group or num_chunks):
@@ -264,7 +287,7 @@ def _scan(
         part = functools.partial(_scan_group, settings, read, real, reached)
         if group is not None and settings.keeps_work:
             part = functools.partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
-        gates = (theta[here], None if eta is None else eta[here], alpha[here])
+        gates = theta[here], None if eta is None else eta[here], alpha[here], None if shares is None else shares[here]
         y, error, *ends = part(q[here], k[here], v[here], gates, *carry, *own_base, *anchor, *norm)
         carry = tuple(ends[: len(carry)])
         last_base = tuple(ends[len(carry) :]) or last_base
@@ -302,11 +325,14 @@ def _scan_group(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gates: tuple[Tensor, Tensor | None, Tensor],
+    gates: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     *states: Tensor,
 ) -> Weights:
     """Scan consecutive chunks."""
-    coefficients = chunk_coefficients(*gates, real, read)
+    theta, eta, alpha, shares = gates
+    coefficients = chunk_coefficients(theta, eta, alpha, real, read)
+    if shares is not None:
+        coefficients = share_out(coefficients, shares)
     scanned: Weights = ChunkScan.apply(settings, reached, q, k, v, *coefficients, *states)
     if not settings.has_norm:
         return scanned

@@ -140,11 +140,11 @@ class ChunkInputs:
 
     Attributes:
         q: Queries, (R, C, d_0).
-        k: Keys, (R, C, d_0).
-        v: Values, (R, C, d_L).
-        mix: The table G of every read, (R, C, C).
+        k: Keys, (R, K, d_0): the chunk's own, K = C, and with a window those of tokens before.
+        v: Values, (R, K, d_L).
+        mix: The table G of every read, (R, C, K).
         read: Coefficients of the carried blocks in every read, (k, R, C, 1).
-        write: Coefficients of every token in the new blocks, (k, R, C, 1).
+        write: Coefficients of every token in the new blocks, (k, R, K, 1).
         transition: Coefficients of the old blocks (second axis) in the new ones, (k, k, R, 1, 1); nothing flows from a
             block to a later one.
     """

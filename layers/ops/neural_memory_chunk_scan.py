@@ -44,7 +44,7 @@ class ChunkScan(torch.autograd.Function):
         stacked = ChunkInputs(*tensors[:NUM_INPUTS])
         states = settings.split(tensors[NUM_INPUTS:])
         base, count = states.weights, settings.depth * settings.blocks
-        y = torch.empty_like(stacked.v)
+        y = stacked.v.new_empty(*stacked.q.shape[:-1], stacked.v.shape[-1])
         errors: list[Tensor] = []
         new: list[Tensor] = []
         kept: list[Tensor] = []

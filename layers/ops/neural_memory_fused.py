@@ -25,7 +25,13 @@ BACKENDS = ("torch", *KERNELS)
 
 
 def check_fused(
-    backend: str, *, residual_norm: bool, checkpoint_chunks: int | None, memory_depth: int, **sizes: Any
+    backend: str,
+    *,
+    residual_norm: bool,
+    is_windowed: bool,
+    checkpoint_chunks: int | None,
+    memory_depth: int,
+    **sizes: Any,
 ) -> None:
     """Require a memory that the kernels of ``backend`` take; "auto" and "torch" take all.
 
@@ -37,6 +43,8 @@ def check_fused(
     KERNELS[backend].check_sizes(memory_depth=memory_depth, **sizes)
     if residual_norm:
         refuse(backend, "residual_norm=True; use False")
+    if is_windowed:
+        refuse(backend, "steps on the losses of several tokens; use objective_window=1")
     if checkpoint_chunks is not None:
         remedy = "the kernels keep states alone as it is; use None"
         refuse(backend, f"checkpoint_chunks={checkpoint_chunks}, and {remedy}")
@@ -49,6 +57,7 @@ def choose_fused(
     *,
     chunk_size: int,
     residual_norm: bool,
+    is_windowed: bool,
     checkpoint_chunks: int | None,
 ) -> str:
     """Return the backend that q, k, v (batch, time, heads, d) are scanned by, one of ``BACKENDS``.
@@ -71,6 +80,7 @@ def choose_fused(
         backend,
         memory_depth=len(weights),
         residual_norm=residual_norm,
+        is_windowed=is_windowed,
         checkpoint_chunks=checkpoint_chunks,
         head_dim=q.shape[-1],
         hidden_widths=[w.shape[-1] for w in weights[:-1]],

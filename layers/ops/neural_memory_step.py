@@ -12,6 +12,7 @@ from memzoo.layers.ops.activations import ACTIVATIONS
 from memzoo.layers.ops.memory_arguments import Weights, any_row, to_rows, working_dtype
 from memzoo.layers.ops.neural_memory_clip import clip_errors, clip_factor
 from memzoo.layers.ops.neural_memory_norm import gradient, normalise
+from memzoo.layers.ops.neural_memory_window import Recent, with_recent
 from memzoo.layers.ops.precision import no_autocast
 
 
@@ -34,6 +35,9 @@ def neural_memory_step(
     anchor: Weights | None,
     max_gradient_norm: float | None,
     norm: tuple[Tensor, Tensor] | None,
+    window: int,
+    gamma: Tensor | None,
+    recent: Recent | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Weights, Weights, Weights]:
     """Write one token a row and read; arguments and shapes are those of ``neural_memory`` with a time of 1.
@@ -46,7 +50,13 @@ def neural_memory_step(
     count = torch.as_tensor(position, device=q.device).expand(batch).repeat_interleave(heads)[:, None, None]
     real = None if lengths is None else (lengths > 0).repeat_interleave(heads)[:, None, None]
     with no_autocast(q.device):
-        rows = _Rows(*(x.to(dtype).reshape(batch * heads, 1, -1) for x in (q, k, v, theta, alpha)))
+        step = theta
+        if window > 1 or gamma is not None:
+            k, v, shares = with_recent(k, v, gamma, recent, window)
+            step = theta.to(dtype) * shares.to(dtype)
+        rows = _Rows(
+            *(x.to(dtype).transpose(1, 2).reshape(batch * heads, x.shape[1], -1) for x in (q, k, v, step, alpha))
+        )
         kept = None if eta is None else eta.to(dtype).reshape(-1, 1, 1)
         w, past, given, towards = (to_rows(part, dtype) for part in (weights, momentum, base, anchor))
         if eta is not None and not past:
@@ -61,7 +71,7 @@ def neural_memory_step(
         if real is not None:
             new, surprise = _choose(real, new, w), _choose(real, surprise, past)
         y = _read(rows.q, new if read == "post" else w, inner, activation)
-        error = torch.linalg.vector_norm(error, dim=-1, keepdim=True)
+        error = torch.linalg.vector_norm(error[:, -1:], dim=-1, keepdim=True)
         if real is not None:
             y, error = y.masked_fill(~real, 0), error.masked_fill(~real, 0)
         count = count + (1 if real is None else real)
@@ -71,12 +81,15 @@ def neural_memory_step(
 
 
 class _Rows(NamedTuple):
-    """One token of every row (batch times heads), (R, 1, d) or (R, 1, 1)."""
+    """One token of every row (batch times heads), (R, 1, d) or (R, 1, 1).
+
+    Its step is on the losses of w tokens, itself the last, of which ``k`` and ``v`` are (R, w, d), ``step`` (R, w, 1).
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    theta: Tensor
+    step: Tensor
     alpha: Tensor
 
 
@@ -118,8 +131,11 @@ def _write(
     keep = 1 - rows.alpha
     new, surprise = [], []
     for i, w in enumerate(weights):
-        stepped = (x[i] * -rows.theta).mT
-        s = stepped * d[i] if eta is None else torch.addcmul(momentum[i] * eta, stepped, d[i])
+        stepped = (x[i] * -rows.step).mT
+        if x[i].shape[1] > 1:
+            s = stepped @ d[i] if eta is None else torch.baddbmm(momentum[i] * eta, stepped, d[i])
+        else:  # faster than a product of matrices
+            s = stepped * d[i] if eta is None else torch.addcmul(momentum[i] * eta, stepped, d[i])
         kept = torch.addcmul(s, w, keep)
         new.append(torch.addcmul(kept, anchor[i], rows.alpha) if anchor else kept)
         surprise.append(s)

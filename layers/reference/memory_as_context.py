@@ -118,7 +118,7 @@ class _Memory:
             if lmm.norm_gain is not None and lmm.norm_bias is not None:
                 norm = lmm.norm_gain[head], lmm.norm_bias[head]
             options = lmm.chunk_size, lmm.activation, lmm.loss_scale, lmm.read, lmm.max_gradient_norm, norm
-            self.heads.append(Memory(W, zeros, W, anchor, 0, *options))
+            self.heads.append(Memory(W, zeros, W, anchor, 0, *options, window=lmm.objective_window))
 
     def retrieve(self, q: Tensor, x: Tensor) -> Tensor:
         """Read with the queries (heads, head_dim) of the token x, write nothing."""
@@ -134,7 +134,9 @@ class _Memory:
         theta = lmm.max_learning_rate * gates.pop(0)
         eta = gates.pop(0) if lmm.momentum else 0 * theta
         alpha = gates.pop(0) if lmm.forgetting else 0 * theta
-        reads = [memory.step(*inputs) for memory, *inputs in zip(self.heads, q, k, v, theta, eta, alpha, strict=True)]
+        gamma = gates.pop(0) if lmm.objective_window > 1 else torch.ones_like(theta)
+        tokens = zip(self.heads, q, k, v, theta, eta, alpha, gamma, strict=True)
+        reads = [memory.step(*inputs) for memory, *inputs in tokens]
         return self._output(reads, y), q
 
     def _output(self, reads: list[Tensor], x: Tensor) -> Tensor:

@@ -9,11 +9,14 @@ head of every row owns one. For its token t, with S the surprise, A the anchor (
     W   <- A + (1 - alpha_t) (W - A) + S            forgetting, eq. 13
     y_t =  M(W; q_t)                                read after the write
 
+With a window of w tokens (the Omega rule, arXiv 2505.23735, eq. 9) g is the sum of these gradients over the last w
+tokens, each times its share gamma, all at the base of token t.
+
 No derivative is written by hand, no two memories share an operation, and outer gradients flow through the inner ones.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,13 +47,26 @@ class Memory:
     read: str
     max_gradient_norm: float | None
     norm: tuple[Tensor, Tensor] | None
+    window: int = 1
+    seen: list[tuple[Tensor, Tensor, Tensor | float]] = field(default_factory=list)  # k, v, gamma of tokens before
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | float, alpha: Tensor) -> Tensor:
-        """Absorb one token and return what its query reads. q, k, v are vectors, theta, eta, alpha scalars."""
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        theta: Tensor,
+        eta: Tensor | float,
+        alpha: Tensor,
+        gamma: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Absorb one token and return what its query reads. q, k, v are vectors, the others scalars."""
         if self.position % self.chunk_size == 0:
             self.W_b = self.W
         y_before = self.recall(self.W, q)
-        g = self.gradient(k, v)
+        self.seen = [*self.seen, (k, v, gamma)][-self.window :]
+        shares = [[gamma * layer for layer in self.gradient(k, v)] for k, v, gamma in self.seen]
+        g = [torch.stack(layer).sum(0) for layer in zip(*shares, strict=True)]
         self.S = tuple(eta * S - theta * g for S, g in zip(self.S, g, strict=True))
         self.W = tuple(A + (1 - alpha) * (W - A) + S for W, S, A in zip(self.W, self.S, self.A, strict=True))
         self.position += 1
@@ -104,13 +120,17 @@ def neural_memory(
     anchor: Weights | None = None,
     max_gradient_norm: float | None = None,
     norm: tuple[Tensor, Tensor] | None = None,
+    window: int = 1,
+    gamma: Tensor | None = None,
+    recent: tuple[Tensor, Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Weights, Weights]:
     """``neural_memory_scan`` without the base: returns y, weights, momentum."""
     y, weights, momentum, _ = neural_memory_scan(
         q, k, v, theta, eta, alpha, weights, momentum,
         chunk_size=chunk_size, activation=activation, loss_scale=loss_scale, read=read, position=position, base=base,
-        anchor=anchor, max_gradient_norm=max_gradient_norm, norm=norm, lengths=lengths,
+        anchor=anchor, max_gradient_norm=max_gradient_norm, norm=norm, window=window, gamma=gamma, recent=recent,
+        lengths=lengths,
     )  # fmt: skip
     return y, weights, momentum
 
@@ -134,6 +154,9 @@ def neural_memory_scan(
     anchor: Weights | None = None,
     max_gradient_norm: float | None = None,
     norm: tuple[Tensor, Tensor] | None = None,
+    window: int = 1,
+    gamma: Tensor | None = None,
+    recent: tuple[Tensor, Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Weights, Weights, Weights]:
     """Train every memory on its keys and values while its queries read it.
@@ -157,12 +180,15 @@ def neural_memory_scan(
         max_gradient_norm: g, all layers together, is scaled down to this Frobenius norm; if its square is not finite
             the token writes nothing.
         norm: Gain and bias of a LayerNorm in the memory, M(x) = x + LayerNorm(MLP(x)); none by default.
+        window: Tokens whose losses a step descends, its own the last.
+        gamma: Share of each token's loss; 1 by default.
+        recent: k, v and gamma of the window - 1 tokens before; none by default.
         lengths: Tokens that exist in each row, all by default; outputs behind them are zero.
 
     Shape:
-        q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha: (batch, time, heads). Layer l
-        of weights, momentum, base, anchor: (batch, heads, d_{l-1}, d_l). gain, bias: (heads, d_L). position,
-        lengths: (batch,).
+        q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha, gamma: (batch, time, heads).
+        Layer l of weights, momentum, base, anchor: (batch, heads, d_{l-1}, d_l). gain, bias: (heads, d_L). recent: as
+        k, v, gamma, of window - 1 tokens. position, lengths: (batch,).
 
     Returns:
         y (batch, time, heads, d_L), weights, momentum (empty without ``eta``), base (at a chunk's end, the weights).
@@ -177,14 +203,17 @@ def neural_memory_scan(
         for head in range(heads):
             W, S, W_b, A = (tuple(layer[row, head] for layer in state) for state in states)
             own_norm = None if norm is None else (norm[0][head], norm[1][head])
+            seen = [] if recent is None else list(zip(*(x[row, :, head] for x in recent), strict=True))
             memory = Memory(
-                W, S, W_b, A, starts[row], chunk_size, activation, loss_scale, read, max_gradient_norm, own_norm
-            )
+                W, S, W_b, A, starts[row], chunk_size, activation, loss_scale, read, max_gradient_norm, own_norm,
+                window, seen,
+            )  # fmt: skip
             for t in range(time):
                 q_t, k_t, v_t, theta_t, alpha_t = (x[row, t, head] for x in (q, k, v, theta, alpha))
                 eta_t = 0.0 if eta is None else eta[row, t, head]
-                exists = t < ends[row]
-                y.append(memory.step(q_t, k_t, v_t, theta_t, eta_t, alpha_t) if exists else torch.zeros_like(v_t))
+                gamma_t = 1.0 if gamma is None else gamma[row, t, head]
+                token = q_t, k_t, v_t, theta_t, eta_t, alpha_t, gamma_t
+                y.append(memory.step(*token) if t < ends[row] else torch.zeros_like(v_t))
             memories.append(memory)
 
     def join(states: list[Weights]) -> Weights:

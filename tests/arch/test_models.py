@@ -187,8 +187,8 @@ def test_every_option_of_the_memory_is_an_option_of_the_model_with_its_default()
                 "activation": "gelu", "momentum": False, "forgetting": False, "conv_width": None,
                 "max_learning_rate": 0.5, "loss_scale": 2.0, "read": "pre", "output_gate": False,
                 "output_norm": False, "decay_to_init": True, "max_gradient_norm": 1.0, "residual_norm": True,
-                "gate_groups": 2, "lookahead_values": True, "implicit_step": True, "checkpoint_chunks": 3,
-                "backend": "torch",
+                "gate_groups": 2, "lookahead_values": True, "implicit_step": True, "objective_window": 5,
+                "checkpoint_chunks": 3, "backend": "torch",
             },
         ),
         (

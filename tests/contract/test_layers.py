@@ -76,6 +76,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "bare": {"read": "pre", "forgetting": False, "output_gate": False, "output_norm": False, "chunk_size": 6},
         "residual": {"residual_norm": True, "lookahead_values": True, "checkpoint_chunks": 2, "loss_scale": 2.0},
         "channels": {"memory_depth": 1, "gate_groups": 4, "decay_to_init": True},
+        "window": {"objective_window": 6, "max_gradient_norm": 0.5},
+        "window_of_groups": {"objective_window": 2, "memory_depth": 1, "gate_groups": 4, "lookahead_values": True},
     },
     "memory_as_context": {
         "bare": {
@@ -86,6 +88,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "residual": True,
             "memory": MATRIX | {"chunk_size": 1},
         },
+        "window": {"memory": {"chunk_size": 3, "objective_window": 4}},
     },
     "memory_as_gate": {
         "bare": {"num_persistent_tokens": 0, "gate": "convex", "rotary_base": None, "memory": MATRIX},
@@ -168,7 +171,15 @@ CASES = cases(PARTS)
 
 # Neural memories with other options, under names of their own; a neural memory behind or beside attention, where both
 # are compiled by themselves.
-COMPILED_ELSEWHERE = ("delta_memory", "longhorn", "ttt_linear", "ttt_mlp", "memory_as_gate", "memory_as_layer")
+COMPILED_ELSEWHERE = (
+    "delta_memory",
+    "longhorn",
+    "omega_memory",
+    "ttt_linear",
+    "ttt_mlp",
+    "memory_as_gate",
+    "memory_as_layer",
+)
 
 
 def slow_if_a_variant_compiles(part: Part, name: str) -> list[pytest.MarkDecorator]:

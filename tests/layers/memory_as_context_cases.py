@@ -19,6 +19,7 @@ OPTIONS: list[dict[str, Any]] = [
         "memory": {"chunk_size": 6},
     },
     {"shared_query": False, "num_heads": 3, "head_dim": 4, "memory": {"read": "pre", "decay_to_init": True}},
+    {"memory": {"chunk_size": 3, "objective_window": 3}},
     {
         "num_persistent_tokens": 0,
         "rotary_base": None,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memzoo.layers import NeuralMemory, delta_memory, longhorn, ttt_linear, ttt_mlp
+from memzoo.layers import NeuralMemory, delta_memory, longhorn, omega_memory, ttt_linear, ttt_mlp
 from tests.layers.neural_memory_cases import assert_close
 
 
@@ -14,7 +14,7 @@ def seen(layer: NeuralMemory, x: Tensor) -> list[Tensor]:
     projected, _ = layer.conv(layer.query_key_value(x))
     q, k, v = projected.unflatten(-1, (3, layer.num_heads, -1)).unbind(2)
     q, k = (F.normalize(z, dim=-1) for z in (q, k))
-    theta = layer.max_learning_rate * layer.gates(x).sigmoid()
+    theta = layer.max_learning_rate * layer.gates(x)[..., : layer.num_gates].sigmoid()
     return [z[0].transpose(0, 1) for z in (q, k, v, theta.unflatten(-1, (layer.num_heads, -1)))]
 
 
@@ -88,3 +88,32 @@ def test_longhorn_solves_every_channel_s_loss() -> None:
             rows.append(q[t] @ w)
         heads.append(torch.stack(rows))
     assert_close(layer(x)[0], told(layer, heads, x))
+
+
+@pytest.mark.parametrize("window", [2, 3, 16])
+def test_omega_memory_descends_the_objective_of_its_window(window: int) -> None:
+    layer, x = build(omega_memory, chunk_size=4, objective_window=window, activation="gelu")
+    gates = dict(zip(layer.gate_names, layer.gates(x)[0].sigmoid().split(layer.num_heads, -1), strict=True))
+    assert list(gates) == ["theta", "alpha", "gamma"]
+    heads = []
+    for h, (q, k, v, theta) in enumerate(zip(*seen(layer, x), strict=True)):
+        alpha, gamma = gates["alpha"][:, h], gates["gamma"][:, h]
+        (first, second), rows = (w[h] for w in layer.initial_weights), []
+        for t in range(len(q)):
+            if t % 4 == 0:
+                base = [w.detach().requires_grad_() for w in (first, second)]
+            tokens = slice(max(0, t - window + 1), t + 1)
+            errors = F.gelu(k[tokens] @ base[0]) @ base[1] - v[tokens]
+            objective = (gamma[tokens] * errors.square().sum(-1)).sum() / 2
+            d_first, d_second = torch.autograd.grad(objective, base)
+            first = (1 - alpha[t]) * first - theta[t] * d_first
+            second = (1 - alpha[t]) * second - theta[t] * d_second
+            rows.append(F.gelu(q[t] @ first) @ second)
+        heads.append(torch.stack(rows))
+    assert_close(layer(x)[0], told(layer, heads, x))
+
+
+def test_omega_memory_starts_with_steps_as_long_as_those_on_one_loss() -> None:
+    layer = omega_memory(8, num_heads=2)
+    gamma = layer.gates.bias.split(2)[layer.gate_names.index("gamma")].sigmoid()
+    torch.testing.assert_close(gamma, torch.full((2,), 1 / 16))

@@ -78,8 +78,10 @@ def cases(draw: st.DrawFn) -> tuple[Case, Case]:
     sizes |= {"dim": draw(st.integers(1, 3)), "value_dim": draw(st.integers(1, 3)), "seed": draw(st.integers(0, 99))}
     if draw(st.booleans()):
         sizes |= {"value_dim": None, "with_norm": True}
-    case = make_case(batch=batch, time=length, **sizes)
-    dropped = draw(st.sets(st.sampled_from(["eta", "momentum", "base", "anchor"])))
+    window = draw(st.just(1) | st.integers(1, 6))
+    case = make_case(batch=batch, time=length, window=window, **sizes)
+    droppable = ["eta", "momentum", "base", "anchor", *(["gamma", "recent"] if window > 1 else [])]
+    dropped = draw(st.sets(st.sampled_from(droppable)))
     case |= dict.fromkeys(dropped | ({"momentum"} if "eta" in dropped else set()))
     integers = st.lists(st.integers(0, length), min_size=batch, max_size=batch)
     return case, {
@@ -90,6 +92,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, Case]:
         "position": draw(st.integers(0, 12) | integers.map(torch.tensor)),
         "max_gradient_norm": draw(st.sampled_from([None, 0.5])),
         "lengths": draw(st.none() | integers.map(torch.tensor)),
+        "window": window,
     }
 
 
@@ -142,12 +145,16 @@ def test_03_outer_gradients_equal_the_reference(depth, activation):
         ((), {"position": torch.tensor([3, 1]), "lengths": torch.tensor([2, 6])}),
         (("base",), {"with_norm": True, "loss_scale": 2.0, "lengths": torch.tensor([3, 5])}),
         (("base",), {"read": "pre", "max_gradient_norm": 0.5, "lengths": torch.tensor([0, 5])}),
+        ((), {"window": 3, "position": 1}),
+        (("eta", "momentum"), {"window": 6, "with_norm": True, "max_gradient_norm": 0.5, "read": "pre"}),
+        (("recent",), {"window": 2, "position": torch.tensor([3, 0]), "lengths": torch.tensor([2, 6])}),
     ],
-    ids=["pre", "no-momentum", "limited", "ragged-phases", "norm", "all"],
+    ids=["pre", "no-momentum", "limited", "ragged-phases", "norm", "all", "window", "long-window", "ragged-window"],
 )
 def test_03_outer_gradients_equal_the_reference_with_every_option(dropped, options):
     options = dict(options)
-    case = without(make_case(time=6, with_norm=options.pop("with_norm", False)), *dropped)
+    sizes = {"with_norm": options.pop("with_norm", False), "window": options.get("window", 1)}
+    case = without(make_case(time=6, **sizes), *dropped)
     options = {"chunk_size": 4} | options | ({"eta": None} if "eta" in dropped else {})
     expected = gradients(reference.neural_memory_scan, case, **options)
     assert_close(gradients(neural_memory_scan, case, **options), expected)
@@ -357,7 +364,7 @@ def test_21_a_chunk_keeps_its_inputs_its_states_and_results_of_products():
 # What it reports, and refuses.
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_scale": 2.0, "max_gradient_norm": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"loss_scale": 2.0, "max_gradient_norm": 0.1}, {"window": 3}], ids=str)
 def test_surprise_is_the_norm_of_the_error_at_the_base(options):
     case, trace = without(make_case(time=5), "base"), Trace()
     neural_memory_scan(**case, chunk_size=8, lengths=torch.tensor([5, 3]), trace=trace, **options)
@@ -389,6 +396,12 @@ def test_surprise_is_the_norm_of_the_error_at_the_base(options):
         ({"read": "mid"}, "read='mid'"),
         ({"backend": "triton"}, "backend='triton'"),
         ({"max_gradient_norm": 0.0}, "max_gradient_norm=0.0"),
+        ({"window": 0}, "window=0 is .*; 1 is a step on a token's own loss"),
+        ({"gamma": torch.zeros(2, 4)}, r"gamma has shape \(2, 4\)"),
+        (
+            {"recent": make_case(window=3)["recent"], "window": 2},
+            r"recent has shapes \[\(2, 2, 2, 3\).*the 1 tokens before",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_by_name(bad, message):

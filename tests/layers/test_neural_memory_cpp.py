@@ -255,6 +255,7 @@ SIZES: dict[str, Any] = dict(dim=64, num_heads=4, chunk_size=16)
         ({"memory_expansion": 1.5}, "memory_expansion gives a head 24 hidden units; use one with which 16 divides"),
         ({"residual_norm": True}, "residual_norm=True; use False"),
         ({"checkpoint_chunks": 4}, "checkpoint_chunks=4, .*; use None"),
+        ({"objective_window": 2}, "steps on the losses of several tokens; use objective_window=1"),
     ],
 )
 def test_a_memory_that_the_kernels_do_not_take_is_refused_when_it_is_built(options, words) -> None:

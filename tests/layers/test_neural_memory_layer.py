@@ -35,11 +35,15 @@ OPTIONS: list[dict[str, Any]] = [
     {"memory_depth": 1, "chunk_size": 1},
     {"memory_depth": 1, "chunk_size": 1, "gate_groups": 2, "implicit_step": True, "loss_scale": 2.0},
     {"lookahead_values": True, "checkpoint_chunks": 2},
+    {"objective_window": 3},
+    {"objective_window": 9, "momentum": False, "decay_to_init": True, "max_gradient_norm": 0.2, "checkpoint_chunks": 1},
+    {"objective_window": 2, "memory_depth": 1, "chunk_size": 1, "gate_groups": 2, "lookahead_values": True},
 ]
 
 
 def gate_names(layer: NeuralMemory) -> list[str]:
-    return ["theta", *["eta"] * layer.momentum, *["alpha"] * layer.forgetting]
+    own = layer.objective_window == 1
+    return ["theta", *["eta"] * layer.momentum, *["alpha"] * layer.forgetting, *["gamma"] * (not own)]
 
 
 def by_the_equations(layer: NeuralMemory, x: Tensor) -> tuple[Tensor, ...]:
@@ -79,9 +83,9 @@ def loop(
     layer: NeuralMemory, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, gates: Any, initial: Any, norm: Any, group: int
 ) -> tuple[Any, ...]:
     """The memory of one group of value channels, token by token."""
-    theta, eta, alpha = (
+    theta, eta, alpha, gamma = (
         None if gate is None else gate[..., group :: layer.gate_groups]
-        for gate in (theta, gates.get("eta"), gates.get("alpha", 0 * theta))
+        for gate in (theta, gates.get("eta"), gates.get("alpha", 0 * theta), gates.get("gamma"))
     )
     return reference.neural_memory_scan(
         q,
@@ -98,6 +102,8 @@ def loop(
         anchor=initial if layer.decay_to_init else None,
         max_gradient_norm=layer.max_gradient_norm,
         norm=norm,
+        window=layer.objective_window,
+        gamma=gamma,
     )
 
 
@@ -270,13 +276,15 @@ def test_a_new_memory_learns_at_half_its_rate_and_forgets_slowly():
     assert_close(start, {name: torch.full((2,), value) for name, value in expected.items()}, 1e-6)
 
 
-def test_trace_shows_gates_and_surprise():
-    layer, x, trace = build(chunk_size=64), tokens(), Trace()
+@pytest.mark.parametrize("window", [1, 3])
+def test_trace_shows_gates_and_surprise(window):
+    layer, x, trace = build(chunk_size=64, objective_window=window), tokens(), Trace()
     y, _ = layer(x, trace=trace)
     assert_same_bits(y, layer(x)[0])
-    theta, eta, alpha = (trace.signals[name] for name in ("theta", "eta", "alpha"))
-    expected = layer.gates(x).sigmoid().unflatten(-1, (3, -1)).unbind(2)
-    assert_close((theta, eta, alpha), (layer.max_learning_rate * expected[0], *expected[1:]))
+    names = ["theta", "eta", "alpha", *["gamma"] * (window > 1)]
+    assert list(trace.signals) == ["surprise", *names]
+    theta, *others = layer.gates(x).sigmoid().unflatten(-1, (len(names), -1)).unbind(2)
+    assert_close([trace.signals[name] for name in names], [layer.max_learning_rate * theta, *others])
     assert trace.signals["surprise"].shape == (2, 8, 2)
 
 
@@ -298,6 +306,11 @@ def test_trace_shows_gates_and_surprise():
         ({"max_gradient_norm": 0.0}, "max_gradient_norm=0.0"),
         ({"loss_scale": float("nan")}, "loss_scale=nan"),
         ({"backend": "cuda"}, "backend='cuda'"),
+        ({"objective_window": 0}, "objective_window=0"),
+        (
+            {"objective_window": 2, "implicit_step": True, "memory_depth": 1, "chunk_size": 1},
+            "residual_norm=False and objective_window=1",
+        ),
     ],
     ids=str,
 )
@@ -328,6 +341,11 @@ def test_bad_options_are_refused_by_name(options, message):
             torch.zeros(2, 3, 8),
             {"state": NeuralMemory(8, num_heads=2, conv_width=None).initial_state(2)},
             "convolution=False",
+        ),
+        (
+            torch.zeros(2, 3, 8),
+            {"state": NeuralMemory(8, num_heads=2, objective_window=3).initial_state(2)},
+            "window=True; this layer's .* window=False",
         ),
         (torch.zeros(2, 3, 8, dtype=torch.float64), {}, "x has dtype torch.float64, the parameters"),
     ],

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,20 +30,22 @@ from tests.layers.neural_memory_cases import (
     cuts=st.lists(st.integers(1, 10), unique=True).map(sorted),
     chunk_size=st.integers(1, 6),
     phases=st.integers(0, 5) | st.lists(st.integers(0, 5), min_size=2, max_size=2).map(torch.tensor),
+    window=st.integers(1, 7),
 )
-def test_05_any_cut_into_calls_equals_one_call(cuts, chunk_size, phases):
-    case = make_case(time=11)
-    whole = neural_memory_scan(**case, position=phases, chunk_size=chunk_size)
-    assert_close(stream(case, cuts, phases, chunk_size=chunk_size), whole)
+def test_05_any_cut_into_calls_equals_one_call(cuts, chunk_size, phases, window):
+    case, options = make_case(time=11, window=window), {"chunk_size": chunk_size, "window": window}
+    whole = neural_memory_scan(**case, position=phases, **options)
+    assert_close(stream(case, cuts, phases, **options), whole)
 
 
-def test_05_gradients_flow_through_the_cuts():
-    case = make_case(time=9)
+@pytest.mark.parametrize("window", [1, 4])
+def test_05_gradients_flow_through_the_cuts(window):
+    case, options = make_case(time=9, window=window), {"chunk_size": 4, "window": window}
 
     def steps(**case: Any) -> Any:
-        return stream(case, list(range(1, 9)), 2, chunk_size=4)
+        return stream(case, list(range(1, 9)), 2, **options)
 
-    assert_close(gradients(steps, case), gradients(neural_memory_scan, case, position=2, chunk_size=4))
+    assert_close(gradients(steps, case), gradients(neural_memory_scan, case, position=2, **options))
 
 
 def test_05_rows_may_be_cut_at_different_tokens():

@@ -129,6 +129,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"memory_depth": 1, "chunk_size": 1}, "memory_depth=1; use 2"),
         ({"residual_norm": True}, "residual_norm=True; use False"),
         ({"checkpoint_chunks": 4}, "checkpoint_chunks=4, .*; use None"),
+        ({"objective_window": 2}, "steps on the losses of several tokens; use objective_window=1"),
         ({"num_heads": 2}, "head_dim=128; use one of 16, 32, 64"),
         ({"chunk_size": 100}, "chunk_size=100; use one of 16, 32, 64"),
         (
@@ -156,7 +157,7 @@ def test_without_triton_or_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_is_taken_where_it_is_asked_for_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weights = torch.empty(2, 64, 4, 64), (torch.empty(2, 4, 64, 128), torch.empty(2, 4, 128, 64))
-    options: dict[str, Any] = dict(chunk_size=64, residual_norm=False, checkpoint_chunks=None)
+    options: dict[str, Any] = dict(chunk_size=64, residual_norm=False, is_windowed=False, checkpoint_chunks=None)
     with pytest.raises(ValueError, match="q is on cpu"):
         fused.choose_fused("triton", (rows, rows, rows), weights, **options)
     monkeypatch.setattr(backend, "check_place", lambda q: None)
