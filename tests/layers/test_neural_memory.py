@@ -374,6 +374,15 @@ def test_surprise_is_the_norm_of_the_error_at_the_base(options):
     assert_close((surprise[0], surprise[1, :3]), (error[0].norm(dim=-1), error[1, :3].norm(dim=-1)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 3])
+def test_surprise_of_one_token_is_its_own(window):
+    case, traces = make_case(time=1, window=window), (Trace(), Trace())
+    for position, trace in zip((2, torch.tensor([2, 2])), traces, strict=True):  # in a chunk, and by the recurrence
+        neural_memory_scan(**case, chunk_size=8, window=window, position=position, trace=trace)
+    assert_close(*(trace.signals["surprise"] for trace in traces))
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from memzoo.layers.ops.neural_memory import neural_memory_scan
+from memzoo.layers.ops.neural_memory_window import latest, with_recent
 from tests.layers.neural_memory_cases import (
     assert_close,
     assert_same_bits,
@@ -48,14 +49,18 @@ def test_05_gradients_flow_through_the_cuts(window):
     assert_close(gradients(steps, case), gradients(neural_memory_scan, case, position=2, **options))
 
 
-def test_05_rows_may_be_cut_at_different_tokens():
-    case = make_case(time=8)
-    whole = neural_memory_scan(**case, position=1, chunk_size=3)
+@pytest.mark.parametrize("window", [1, 4])
+def test_05_rows_may_be_cut_at_different_tokens(window):
+    case, options = make_case(time=8, window=window), {"chunk_size": 3, "window": window}
+    whole = neural_memory_scan(**case, position=1, **options)
     first = torch.tensor([2, 7])
-    y1, weights, momentum, base = neural_memory_scan(**case, position=1, chunk_size=3, lengths=first)
-    shifted = {name: torch.stack([case[name][i].roll(-n, 0) for i, n in enumerate(first)]) for name in list(case)[:6]}
+    y1, weights, momentum, base = neural_memory_scan(**case, position=1, **options, lengths=first)
+    names = ["q", "k", "v", "theta", "eta", "alpha", *["gamma"] * (window > 1)]
+    shifted = {name: torch.stack([case[name][i].roll(-n, 0) for i, n in enumerate(first)]) for name in names}
     state = {"weights": weights, "momentum": momentum, "base": base, "anchor": case["anchor"]}
-    y2, *state = neural_memory_scan(**shifted, **state, position=1 + first, chunk_size=3, lengths=8 - first)
+    tokens = with_recent(case["k"], case["v"], case.get("gamma"), case.get("recent"), window)
+    state["recent"] = latest(tokens, first, window)
+    y2, *state = neural_memory_scan(**shifted, **state, position=1 + first, **options, lengths=8 - first)
     y = torch.stack([torch.cat([y1[i, :n], y2[i, : 8 - n]]) for i, n in enumerate(first)])
     assert_close((y, *state), whole)
 
