@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+FAR = 4096.0
+"""A square so large that the normal density is zero there; an infinite one times zero would be no number."""
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -35,9 +38,10 @@ def _silu_jet(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gelu_jet(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # With Phi, phi the standard normal distribution and density: f = z Phi, f' = Phi + z phi, f'' = (2 - z^2) phi.
-    density = torch.exp(z.square() * -0.5) * (2 * math.pi) ** -0.5
+    square = z.square().clamp_max_(FAR)
+    density = torch.exp(square * -0.5) * (2 * math.pi) ** -0.5
     distribution = torch.special.ndtr(z)
-    return z * distribution, distribution + z * density, (2 - z.square()) * density
+    return z * distribution, distribution + z * density, (2 - square) * density
 
 
 ACTIVATIONS: dict[str, Activation] = {

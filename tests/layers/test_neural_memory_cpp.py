@@ -118,7 +118,7 @@ def test_an_infinite_error_stops_where_the_activation_is_off() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_cpp)])
-@pytest.mark.parametrize("activation", ["silu", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu"])
 def test_a_key_whose_square_overflows_leaves_nothing_in_the_gradients(backend: str, activation: str) -> None:
     case = without(make_case(time=32, heads=1, dim=16, hidden=16), "base", "anchor")
     case["k"][:, [3, 20]] = 1e160

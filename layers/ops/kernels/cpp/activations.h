@@ -40,9 +40,10 @@ inline Point<T> silu(const Vector<T>& z) {
 template <typename T>
 inline Point<T> gelu(const Vector<T>& z) {
   using V = Vector<T>;
-  const V density = (z * z * V(T(-0.5))).exp() * V(T(0.39894228040143267794));
+  const V square = at::vec::minimum(z * z, V(T(4096)));  // an infinite one times a density of zero is no number
+  const V density = (square * V(T(-0.5))).exp() * V(T(0.39894228040143267794));
   const V distribution = (V(T(1)) + (z * V(T(0.70710678118654752440))).erf()) * V(T(0.5));
-  return {z * distribution, distribution + z * density, (V(T(2)) - z * z) * density};
+  return {z * distribution, distribution + z * density, (V(T(2)) - square) * density};
 }
 
 template <typename T>
