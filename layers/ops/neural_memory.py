@@ -94,8 +94,8 @@ def neural_memory(
         checkpoint_chunks: Keep for the backward pass only the state before every so many chunks and compute the rest
             again, group by group: memory for one group's work instead of all. None keeps everything.
         backend: "torch"; "auto", which is the same; "cpp" or "triton", one kernel forward and one backward, without
-            ``norm``, ``window``, ``gamma`` and ``checkpoint_chunks``: the first on a CPU, compiled when it is first
-            used, of widths and chunks that 16 divides; the second on a GPU, of a memory of two layers.
+            ``window`` and ``gamma``: the first on a CPU, compiled when it is first used, of widths and chunks that 16
+            divides; the second on a GPU, of a memory of two layers without ``norm`` and ``checkpoint_chunks``.
 
     Shape:
         q, k: (batch, time, heads, d_0). v: (batch, time, heads, d_L). theta, eta, alpha, gamma: (batch, time, heads).
@@ -226,6 +226,7 @@ def neural_memory_scan(
             has_norm=norm is not None,
             keeps_work=torch.is_grad_enabled(),
             backend=backend,
+            group=checkpoint_chunks or 1,
         )
         first = tuple(w - m for w, m in zip(start, anchor, strict=True)) if anchor else start
         norm_rows = () if norm is None else tuple(t.to(dtype).repeat(batch, 1)[:, None] for t in norm)
@@ -242,7 +243,7 @@ def neural_memory_scan(
             errors = errors[..., window - 1 :]
         else:
             y, errors, carry, last_base = _scan_fused(
-                settings, read, grid, (q, k, v), (theta, eta, alpha), carry, base, anchor
+                settings, read, grid, (q, k, v), (theta, eta, alpha), carry, base, anchor, norm_rows
             )
         depth = len(start)
         new_weights, new_momentum = base_weights(carry[:depth], anchor), carry[depth:]
@@ -307,12 +308,18 @@ def _scan_fused(
     carry: Weights,
     base: Weights | None,
     anchor: Weights,
+    norm: Weights,
 ) -> tuple[Tensor, Tensor, Weights, Weights]:
     """Scan all chunks by a kernel, which takes q, k, v as they lie; return what ``_scan`` does."""
     coefficients = chunk_coefficients(*gates, grid.real, read, settings.backend)
+    rows = [grid.fill(t) for t in tokens]
     y, errors, *ends = FusedScan.apply(
-        settings, grid.reached, *(grid.fill(t) for t in tokens), *coefficients, *carry, *(base or ()), *anchor
+        settings, grid.reached, *rows, *coefficients, *carry, *(base or ()), *anchor, *norm
     )
+    if norm:
+        gain, bias = (t.unflatten(0, (-1, grid.heads)).transpose(1, 2) for t in norm)
+        normal, _ = normalise(y)
+        y = torch.addcmul(rows[0] + bias, normal, gain)
     last_base = tuple(ends[len(carry) :]) or base or base_weights(carry[: settings.depth], anchor)
     return grid.drain(y), errors, tuple(ends[: len(carry)]), last_base
 

@@ -43,6 +43,7 @@ class ChunkSettings:
         has_norm: A residual and a LayerNorm, whose gain and bias are given, surround the network.
         keeps_work: A backward pass may follow.
         backend: What scans the chunks, of ``neural_memory_fused.BACKENDS``: this module, or a kernel.
+        group: Chunks between the states that a kernel keeps for the backward pass.
     """
 
     depth: int
@@ -55,6 +56,7 @@ class ChunkSettings:
     has_norm: bool
     keeps_work: bool
     backend: str = "torch"
+    group: int = 1
 
     def split(self, states: Tensors) -> "ChunkStates":
         """Part (*carry, *base, *anchor, *norm), each there or not."""

@@ -15,8 +15,8 @@ STEP = 16
 """Divides all widths and the chunk, so that vectors and blocks of every processor do."""
 
 
-def check_sizes(*, memory_depth: int, head_dim: int, hidden_widths: Sequence[int], chunk_size: int) -> None:
-    """Require a memory that the kernels take; any depth is one.
+def check_sizes(*, head_dim: int, hidden_widths: Sequence[int], chunk_size: int, **_: object) -> None:
+    """Require a memory that the kernels take, of any depth and with every other option.
 
     Raises:
         ValueError: There is an obstacle.

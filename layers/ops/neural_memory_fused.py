@@ -27,10 +27,7 @@ BACKENDS = ("torch", *KERNELS)
 def check_fused(
     backend: str,
     *,
-    residual_norm: bool,
     is_windowed: bool,
-    checkpoint_chunks: int | None,
-    memory_depth: int,
     **sizes: Any,
 ) -> None:
     """Require a memory that the kernels of ``backend`` take; "auto" and "torch" take all.
@@ -40,14 +37,9 @@ def check_fused(
     """
     if backend not in KERNELS:
         return
-    KERNELS[backend].check_sizes(memory_depth=memory_depth, **sizes)
-    if residual_norm:
-        refuse(backend, "residual_norm=True; use False")
+    KERNELS[backend].check_sizes(**sizes)
     if is_windowed:
         refuse(backend, "steps on the losses of several tokens; use objective_window=1")
-    if checkpoint_chunks is not None:
-        remedy = "the kernels keep states alone as it is; use None"
-        refuse(backend, f"checkpoint_chunks={checkpoint_chunks}, and {remedy}")
 
 
 def choose_fused(
@@ -114,9 +106,8 @@ class FusedScan(torch.autograd.Function):
         rows, coefficients = tensors[:NUM_ROWS], tensors[NUM_ROWS:NUM_INPUTS]
         inputs = [*(t if t.stride(-1) == 1 else t.contiguous() for t in rows), *(t.contiguous() for t in coefficients)]
         states = [t.contiguous() for t in tensors[NUM_INPUTS:]]
-        count = settings.blocks * settings.depth
-        own = count + settings.has_base * settings.depth
-        start, base, anchor = states[:count], states[count:own], states[own:]
+        parts = _split(settings, states)
+        start = parts[0]
         num_chunks, num_rows = coefficients[0].shape[:2]
         if reached is None:
             last = torch.full((num_rows,), num_chunks - 1, dtype=torch.int32, device=start[0].device)
@@ -125,15 +116,16 @@ class FusedScan(torch.autograd.Function):
             last = (reached[..., 0, 0] * chunk).amax(0).int()
         limit = settings.max_gradient_norm
         ctx.options = (
+            settings.group,
             settings.activation,
             float(settings.loss_scale),
             None if limit is None else float(limit),
             settings.backend,
         )
-        results = scan(inputs, start, base, anchor, last, settings.keeps_work, *ctx.options)
+        results = scan(inputs, *parts, last, settings.keeps_work, *ctx.options)
         (y, error_norm, inner), ends, last_base = results[:3], results[3 : 3 + len(start)], results[3 + len(start) :]
-        ctx.save_for_backward(*inputs, last, inner, *start, *base, *anchor)
-        ctx.ends_of = count, own
+        ctx.save_for_backward(*inputs, last, inner, *states)
+        ctx.settings = settings
         ctx.mark_non_differentiable(error_norm)
         return (y, error_norm, *ends, *(last_base if num_chunks > 1 else ()))
 
@@ -142,14 +134,12 @@ class FusedScan(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # a checkpoint gives them once
         (*inputs, last, inner), states = saved[: NUM_INPUTS + 2], saved[NUM_INPUTS + 2 :]
-        count, own = ctx.ends_of
-        start, base, anchor = states[:count], states[count:own], states[own:]
-        d_y, d_ends, d_last_base = outer[0], outer[2 : 2 + len(start)], outer[2 + len(start) :]
+        parts = _split(ctx.settings, states)
+        count = len(parts[0])
+        d_y, d_ends, d_last_base = outer[0], outer[2 : 2 + count], outer[2 + count :]
         grads = scan_gradients(
             inputs,
-            start,
-            base,
-            anchor,
+            *parts,
             last,
             inner,
             d_y if d_y.stride(-1) == 1 else d_y.contiguous(),
@@ -166,8 +156,10 @@ def scan(
     start: Sequence[Tensor],
     base: Sequence[Tensor],
     anchor: Sequence[Tensor],
+    norm: Sequence[Tensor],
     last: Tensor,
     keeps_states: bool,
+    group: int,
     activation: str,
     loss_scale: float,
     limit: float | None,
@@ -181,22 +173,25 @@ def scan(
         start: The carried blocks before the first chunk, a matrix (R, d_{l-1}, d_l) a layer, one block after the other.
         base: Weights at which the first chunk's gradients are taken, likewise; none for those at its start.
         anchor: Weights that forgetting decays towards, likewise; or none.
+        norm: Gain and bias (R, 1, d_L) of a LayerNorm in the memory, which the errors go through; what is read is still
+            the network's output. Or none.
         last: (R,) int32, the chunk whose weights at its start are the row's last gradient base.
-        keeps_states: Keep the blocks between chunks.
+        keeps_states: Keep blocks between chunks.
+        group: Chunks between those that are kept.
         activation: Between the memory's layers.
         loss_scale: Factor of the gradient.
         limit: Of a token's gradient, or None.
         backend: Whose kernel runs.
 
     Returns:
-        Reads like the values, norms of errors (n, R, C), the blocks between chunks with the numbers of all matrices in
-        a line, (n - 1, R, ...), of which there is at most one without ``keeps_states``, the blocks after the last
-        chunk, like ``start``, and the weights at which gradients were taken in chunk ``last``.
+        Reads like the values, norms of errors (n, R, C), the blocks before chunks ``group``, 2 ``group`` and so on,
+        with the numbers of all matrices in a line, (number, R, ...), the blocks after the last chunk, like ``start``,
+        and the weights at which gradients were taken in chunk ``last``.
     """
-    y, error_norm, inner, *states = _results(inputs, start, base, anchor, last, keeps_states)
+    y, error_norm, inner, *states = _results(inputs, start, base, anchor, norm, last, keeps_states, group)
     ends, last_base = states[: len(start)], states[len(start) :]
     KERNELS[backend].run_forward(
-        inputs, start, base, anchor, last, inner, y, error_norm, ends, last_base, _widths(last_base),
+        inputs, start, base, anchor, norm, last, group, inner, y, error_norm, ends, last_base, _widths(last_base),
         activation, loss_scale, limit,
     )  # fmt: skip
     return [y, error_norm, inner, *states]
@@ -208,15 +203,15 @@ def _results(
     start: Sequence[Tensor],
     base: Sequence[Tensor],
     anchor: Sequence[Tensor],
+    norm: Sequence[Tensor],
     last: Tensor,
     keeps_states: bool,
+    group: int,
     *_: Any,
 ) -> list[Tensor]:
     v, mix, blocks = inputs[2], inputs[NUM_ROWS], inputs[-1].shape[1]
-    between = mix.shape[0] - 1
-    inner = v.new_empty(
-        between if keeps_states else min(between, 1), mix.shape[1], sum(t.shape[1:].numel() for t in start)
-    )
+    kept = (mix.shape[0] - 1) // group if keeps_states else 0
+    inner = v.new_empty(kept, mix.shape[1], sum(t.shape[1:].numel() for t in start))
     states = [t.new_empty(t.shape) for t in (*start, *start[: len(start) // blocks])]
     return [v.new_empty(v.shape), v.new_empty(mix.shape[:-1]), inner, *states]
 
@@ -227,11 +222,13 @@ def scan_gradients(
     start: Sequence[Tensor],
     base: Sequence[Tensor],
     anchor: Sequence[Tensor],
+    norm: Sequence[Tensor],
     last: Tensor,
     inner: Tensor,
     d_y: Tensor,
     d_ends: Sequence[Tensor],
     d_last_base: Sequence[Tensor],
+    group: int,
     activation: str,
     loss_scale: float,
     limit: float | None,
@@ -240,31 +237,44 @@ def scan_gradients(
     """Take gradients of the results of ``scan`` back, given what it was given and the blocks that it kept.
 
     Args:
-        inputs: Those of ``scan``, as are ``start``, ``base``, ``anchor``, ``last`` and what follows ``d_last_base``.
-        inner: The blocks between chunks, all of them.
+        inputs: Those of ``scan``, as are ``start`` to ``last`` and what follows ``d_last_base``.
+        inner: The blocks between chunks that it kept.
         d_y: Of the reads.
         d_ends: Of the blocks after the last chunk.
         d_last_base: Of the weights at which gradients were taken in chunk ``last``; none for zeros.
 
     Returns:
-        Gradients of ``inputs``, of ``start``, of ``base`` and of ``anchor``.
+        Gradients of ``inputs``, ``start``, ``base``, ``anchor`` and ``norm``.
     """
     grads = [t.new_empty(t.shape) for t in inputs]
     d_start = [t.clone() for t in d_ends]
-    d_base, d_anchor = ([torch.zeros_like(t) for t in part] for part in (base, anchor))
+    d_base, d_anchor, d_norm = ([torch.zeros_like(t) for t in part] for part in (base, anchor, norm))
     widths = _widths(start[: len(start) // inputs[-1].shape[1]])
     KERNELS[backend].run_backward(
-        inputs, start, base, anchor, last, inner, d_y, d_last_base, grads, d_start, d_base, d_anchor, widths,
-        activation, loss_scale, limit,
+        inputs, start, base, anchor, norm, last, group, inner, d_y, d_last_base,
+        grads, d_start, d_base, d_anchor, d_norm, widths, activation, loss_scale, limit,
     )  # fmt: skip
-    return [*grads, *d_start, *d_base, *d_anchor]
+    return [*grads, *d_start, *d_base, *d_anchor, *d_norm]
 
 
 @scan_gradients.register_fake
 def _gradients(
-    inputs: Sequence[Tensor], start: Sequence[Tensor], base: Sequence[Tensor], anchor: Sequence[Tensor], *_: Any
+    inputs: Sequence[Tensor],
+    start: Sequence[Tensor],
+    base: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    norm: Sequence[Tensor],
+    *_: Any,
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (*inputs, *start, *base, *anchor)]
+    return [t.new_empty(t.shape) for t in (*inputs, *start, *base, *anchor, *norm)]
+
+
+def _split(settings: ChunkSettings, states: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """Part states into the blocks carried, base, anchor and norm, each there or not."""
+    count = settings.blocks * settings.depth
+    own = count + settings.has_base * settings.depth
+    fixed = own + settings.has_anchor * settings.depth
+    return states[:count], states[count:own], states[own:fixed], states[fixed:]
 
 
 def _widths(weights: Sequence[Tensor]) -> list[int]:

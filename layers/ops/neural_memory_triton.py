@@ -18,7 +18,15 @@ PARTS = (32, 16)
 """Hidden units that a program works on at a time: the first that divides their number."""
 
 
-def check_sizes(*, memory_depth: int, head_dim: int, hidden_widths: Sequence[int], chunk_size: int) -> None:
+def check_sizes(
+    *,
+    memory_depth: int,
+    head_dim: int,
+    hidden_widths: Sequence[int],
+    chunk_size: int,
+    residual_norm: bool,
+    checkpoint_chunks: int | None,
+) -> None:
     """Require a memory that the kernels take.
 
     Raises:
@@ -29,6 +37,11 @@ def check_sizes(*, memory_depth: int, head_dim: int, hidden_widths: Sequence[int
     for name, size in {"head_dim": head_dim, "chunk_size": chunk_size}.items():
         if size not in SIZES:
             refuse("triton", f"{name}={size}; use one of {', '.join(map(str, SIZES))}")
+    if residual_norm:
+        refuse("triton", "residual_norm=True; use False")
+    if checkpoint_chunks is not None:
+        remedy = "the kernels keep states alone as it is; use None"
+        refuse("triton", f"checkpoint_chunks={checkpoint_chunks}, and {remedy}")
     [width] = hidden_widths
     if width % min(PARTS):
         obstacle = f"memory_expansion gives a head {width} hidden units"
@@ -72,7 +85,9 @@ def run_forward(
     start: Sequence[Tensor],
     base: Sequence[Tensor],
     anchor: Sequence[Tensor],
+    norm: Sequence[Tensor],
     last: Tensor,
+    group: int,
     inner: Tensor,
     y: Tensor,
     error_norm: Tensor,
@@ -113,7 +128,9 @@ def run_backward(
     start: Sequence[Tensor],
     base: Sequence[Tensor],
     anchor: Sequence[Tensor],
+    norm: Sequence[Tensor],
     last: Tensor,
+    group: int,
     inner: Tensor,
     d_y: Tensor,
     d_last_base: Sequence[Tensor],
@@ -121,6 +138,7 @@ def run_backward(
     d_start: Sequence[Tensor],
     d_base: Sequence[Tensor],
     d_anchor: Sequence[Tensor],
+    d_norm: Sequence[Tensor],
     widths: Sequence[int],
     activation: str,
     loss_scale: float,

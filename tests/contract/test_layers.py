@@ -142,7 +142,9 @@ CPP = {"backend": "cpp", "head_dim": 16, "chunk_size": 16}
 if cpp_library.obstacle() is None:
     VARIANTS["neural_memory"]["cpp"] = CPP | {"decay_to_init": True, "max_gradient_norm": 0.5}
     VARIANTS["memory_as_context"]["cpp"] = {"segment_size": 8, "memory": CPP}
-    VARIANTS["memory_as_layer"]["cpp"] = {"memory": CPP | {"memory_depth": 3, "momentum": False}}
+    VARIANTS["memory_as_layer"]["cpp"] = {
+        "memory": CPP | {"memory_depth": 3, "momentum": False, "residual_norm": True, "checkpoint_chunks": 1}
+    }
 # With memories to read, which the registered layers do without: fetched for the rows of every call.
 FETCHED = [
     Part(f"memory_feed_forward+{mode}", "channel", partial(ReadingFeedForward, DIM, mode=mode))

@@ -39,6 +39,31 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what Triton's do n
     ),
     "a narrow hidden layer": (dict(time=32, heads=1, dim=48, hidden=16), dict(keep=("momentum",))),
     "panels that do not divide": (dict(time=40, heads=1, dim=80, hidden=112), dict(keep=("momentum",))),
+    "a norm": (dict(time=40, heads=2, dim=16, hidden=32, with_norm=True), dict(keep=("momentum", "norm"))),
+    "a norm of a limited matrix within a chunk": (
+        dict(time=41, heads=1, dim=48, depth=1, with_norm=True),
+        dict(
+            keep=("momentum", "anchor", "base", "norm"),
+            position=[3, 16],
+            lengths=[30, 41],
+            loss_scale=2.0,
+            max_gradient_norm=0.3,
+            checkpoint_chunks=2,
+        ),
+    ),
+    "a norm of tokens that overflow": (
+        dict(time=32, heads=1, dim=16, hidden=16, with_norm=True),
+        dict(max_gradient_norm=1.0, keep=("norm",), eta=None, activation="gelu", odd={"v": 1e200}),
+    ),
+    "recomputed chunks": (dict(time=100, heads=1, dim=16, hidden=32), dict(keep=("momentum",), checkpoint_chunks=3)),
+    "recomputed chunks within a chunk": (
+        dict(time=70, heads=1, dim=16, hidden=32),
+        dict(keep=("momentum", "base"), position=7, lengths=[70, 20], checkpoint_chunks=4),
+    ),
+    "all chunks recomputed": (
+        dict(time=50, heads=1, dim=16, hidden=16),
+        dict(keep=("momentum", "anchor"), checkpoint_chunks=99),
+    ),
 }
 
 
@@ -63,6 +88,7 @@ def test_values_and_all_gradients_are_those_of_the_torch_backend(name: str) -> N
     hidden=st.sampled_from([16, 32, 80]),
     depth=st.integers(1, 3),
     read=st.sampled_from(["post", "pre"]),
+    with_norm=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_of_any_size_they_are_the_loop_s(
@@ -75,10 +101,12 @@ def test_of_any_size_they_are_the_loop_s(
     hidden: int,
     depth: int,
     read: str,
+    with_norm: bool,
     seed: int,
 ) -> None:
     batch, heads = rows
-    case = make_case(batch=batch, heads=heads, time=time, dim=dim, hidden=hidden, depth=depth, seed=seed)
+    sizes = dict(time=time, dim=dim, hidden=hidden, depth=depth, with_norm=with_norm)
+    case = make_case(batch=batch, heads=heads, **sizes, seed=seed)
     case = without(case, *(() if has_anchor else ("anchor",)))
     options = dict(chunk_size=chunk, read=read, position=position)
     assert_close(neural_memory(**case, **options, backend="cpp"), loop(**case, **options))
@@ -136,7 +164,7 @@ def test_gradients_are_the_loop_s() -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("name", ["everything", "three layers"])
+@pytest.mark.parametrize("name", ["everything", "three layers", "a norm of a limited matrix within a chunk"])
 def test_in_float32_they_are_as_close_as_torch(name: str) -> None:
     case, options = prepare(*(CASES | MORE)[name])
     exact = call(case, options, "torch")
@@ -174,8 +202,23 @@ def test_without_gradients_and_with_other_threads_every_bit_is_the_same(monkeypa
 
 
 @needs_cpp
-def test_nothing_given_is_changed() -> None:
-    case, options = prepare(*CASES["everything"])
+def test_recomputed_chunks_keep_no_states() -> None:
+    case = without(make_case(time=160, heads=1, dim=16, hidden=32), "base", "anchor")
+    kept = {}
+    for group in (None, 1, 2, 4, 10):
+        sizes: list[int] = []
+        tokens = {name: case[name].clone().requires_grad_() for name in ("q", "k", "v")}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            neural_memory(**case | tokens, chunk_size=16, checkpoint_chunks=group, backend="cpp")
+        kept[group] = sum(sizes)
+    blocks = sum(t.numel() for t in (*case["weights"], *case["momentum"]))
+    assert [kept[None] - kept[group] for group in (1, 2, 4, 10)] == [n * blocks for n in (0, 5, 7, 9)]
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["everything", "a norm of a limited matrix within a chunk"])
+def test_nothing_given_is_changed(name: str) -> None:
+    case, options = prepare(*(CASES | MORE)[name])
     copies = {k: tuple(w.clone() for w in t) if isinstance(t, tuple) else t.clone() for k, t in case.items()}
     call(case, options, "cpp")
     assert_close(case, copies, 0)
@@ -253,8 +296,6 @@ SIZES: dict[str, Any] = dict(dim=64, num_heads=4, chunk_size=16)
         ({"dim": 96}, "head_dim=24; use a multiple of 16"),
         ({"chunk_size": 24}, "chunk_size=24; use a multiple of 16"),
         ({"memory_expansion": 1.5}, "memory_expansion gives a head 24 hidden units; use one with which 16 divides"),
-        ({"residual_norm": True}, "residual_norm=True; use False"),
-        ({"checkpoint_chunks": 4}, "checkpoint_chunks=4, .*; use None"),
         ({"objective_window": 2}, "steps on the losses of several tokens; use objective_window=1"),
     ],
 )

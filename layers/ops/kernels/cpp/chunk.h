@@ -11,6 +11,7 @@
 
 #include "activations.h"
 #include "fields.h"
+#include "norm.h"
 #include "products.h"
 
 namespace memzoo {
@@ -24,6 +25,7 @@ struct Memory {
   Jet<T> jet;
   T loss_scale;
   std::optional<T> limit;        // of the norm of a token's gradient
+  bool has_anchor, has_norm;
 
   int64_t depth() const { return static_cast<int64_t>(widths.size()) - 1; }
   int64_t numbers(int64_t layer) const { return widths[layer] * widths[layer + 1]; }
@@ -35,16 +37,16 @@ template <typename P>
 using Matrices = std::vector<P*>;
 
 // What a chunk starts from, or the gradients of that: the carried blocks, the anchor that the first is counted from,
-// and the weights at which gradients are taken, where these are not the first block's.
+// the weights at which gradients are taken, where these are not the first block's, and gain and bias of a LayerNorm.
 template <typename P>
 struct States {
-  Matrices<P> carry, base, anchor;
+  Matrices<P> carry, base, anchor, norm;
 };
 
 template <typename T>
 class Chunk {
  public:
-  Chunk(const Memory<T>& memory, bool has_anchor, bool has_backward) : memory_(memory) {
+  Chunk(const Memory<T>& memory, bool has_backward) : memory_(memory) {
     const int64_t depth = memory.depth(), tokens = memory.tokens;
     const int64_t widest = *std::max_element(memory.widths.begin(), memory.widths.end());
     for (int64_t i = 0; i < depth; ++i) {
@@ -55,7 +57,7 @@ class Chunk {
       d_.push_back(room(out));
       score_.push_back(room(tokens * tokens));
       mixed_.push_back(room(tokens * tokens));
-      weights_.push_back(has_anchor ? room(memory.numbers(i)) : nullptr);
+      weights_.push_back(memory.has_anchor ? room(memory.numbers(i)) : nullptr);
       norm_x_.push_back(room(tokens));
       norm_d_.push_back(room(tokens));
       if (i + 1 < depth) {
@@ -77,13 +79,20 @@ class Chunk {
     factor_ = room(tokens);
     flipped_ = room(std::max(tokens, widest) * widest);
     scaled_ = room(tokens * widest);
+    if (memory.has_norm) {
+      normal_ = room(tokens * memory.widths.back());
+      missed_ = room(tokens * memory.widths.back());
+      deviation_ = room(tokens);
+      rows_ = room(3 * memory.widths.back());
+      d_last_ = has_backward ? room(tokens * memory.widths.back()) : nullptr;
+    }
     if (!has_backward) return;
     d_score_ = room(tokens * tokens);
     dots_ = room(memory.blocks * tokens * Vector<T>::size());
     product_ = room(tokens * widest);
     d_a_ = room(tokens * widest);
     d_out_ = room(tokens * widest);
-    for (int64_t i = 0; has_anchor && i < depth; ++i) d_weights_.push_back(room(memory.numbers(i)));
+    for (int64_t i = 0; memory.has_anchor && i < depth; ++i) d_weights_.push_back(room(memory.numbers(i)));
   }
 
   // Read into y, write the norms of the errors, and leave the new blocks in ``next``, which may be the old ones;
@@ -96,6 +105,13 @@ class Chunk {
     for (int64_t t = 0; t < memory_.tokens; ++t) error_norm[t] = norm_d_.back()[t];
     errors(false);
     reads(in, from, y);
+    writes(in, from.carry, next);
+  }
+
+  // ``forward`` without its reads, which needs neither queries nor the coefficients of reads.
+  void advance(const Fields<const T>& in, const States<const T>& from, const Matrices<T>& next) {
+    keys(in, from);
+    errors(false);
     writes(in, from.carry, next);
   }
 
@@ -132,10 +148,31 @@ class Chunk {
       T* bend = bend_.empty() ? nullptr : bend_[i];
       m.jet(m.tokens * m.widths[i + 1], z_[i], const_cast<T*>(x_[i + 1]), slope_[i], bend);
     }
-    std::copy_n(in.v, m.tokens * m.widths[last + 1], d_[last]);
-    product<T, Into::kSubtract>(m.tokens, m.widths[last], m.widths[last + 1], x_[last], w_[last], d_[last]);
-    squared_norms(m.widths[last + 1], d_[last], norm_d_[last]);
-    for (int64_t t = 0; t < m.tokens; ++t) norm_d_[last][t] = std::sqrt(norm_d_[last][t]);
+    if (m.has_norm) {
+      product<T, Into::kSet>(m.tokens, m.widths[last], m.widths[last + 1], x_[last], w_[last], d_[last]);
+    } else {
+      std::copy_n(in.v, m.tokens * m.widths[last + 1], d_[last]);
+      product<T, Into::kSubtract>(m.tokens, m.widths[last], m.widths[last + 1], x_[last], w_[last], d_[last]);
+    }
+    for (int64_t t = 0; t < m.tokens; ++t) {
+      const T* error = m.has_norm ? error_behind_norm(in, from, t) : d_[last] + t * m.widths[last + 1];
+      norm_d_[last][t] = std::sqrt(dot(m.widths[last + 1], error, error));
+    }
+  }
+
+  // Turn what the network makes of token t's key, in the last d, into the error there, and return that of the memory.
+  const T* error_behind_norm(const Fields<const T>& in, const States<const T>& from, int64_t t) {
+    const int64_t width = memory_.widths.back(), at = t * width;
+    T *d = d_.back() + at, *normal = normal_ + at, *error = missed_ + at;
+    const T *gain = from.norm[0], *bias = from.norm[1];
+    deviation_[t] = normalise(width, d, normal);
+    each_vector<T>(width, [&](int64_t i) {
+      const Vector<T> shift = Vector<T>::loadu(bias + i) + Vector<T>::loadu(in.k + at + i);
+      const Vector<T> said = at::vec::fmadd(Vector<T>::loadu(gain + i), Vector<T>::loadu(normal + i), shift);
+      (said - Vector<T>::loadu(in.v + at + i)).store(error + i);
+    });
+    negative_gradient<T>(width, {normal, error, gain, deviation_[t], nullptr, nullptr}, d, rows_);
+    return error;
   }
 
   // Errors backward, e and d, and the limit on their norm. Keeps the weights transposed, if a backward pass follows.
@@ -171,6 +208,11 @@ class Chunk {
         for (int64_t n = t * width; n < (t + 1) * width; ++n) d_[i][n] = finite ? d_[i][n] * factor_[t] : T(0);
         if (!finite && i < last) std::fill_n(e_[i] + t * width, width, T(0));
       }
+      if (finite || !m.has_norm) continue;
+      const int64_t width = m.widths.back();
+      std::fill_n(normal_ + t * width, width, T(0));
+      std::fill_n(missed_ + t * width, width, T(0));
+      deviation_[t] = 1;
     }
   }
 
@@ -246,6 +288,7 @@ class Chunk {
   void d_mixing(int64_t t, const T* mix, const T* score, T* d_mix, bool is_first);
   void d_limit();
   void d_errors(const Matrices<T>& d_weights);
+  void d_norm(const Fields<T>& grads, const States<const T>& from, const States<T>& grad);
   void d_keys(const Matrices<T>& d_weights);
 
   static void multiply(int64_t size, const T* x, const T* y, T* to) {
@@ -278,6 +321,8 @@ class Chunk {
   std::vector<const T*> x_, a_, w_;
   std::vector<T*> z_, e_, d_, out_, slope_, bend_, out_slope_, score_, mixed_, weights_, flipped_weights_;
   std::vector<T*> norm_x_, norm_d_, d_x_, d_d_, d_z_, d_weights_;
+  // With a norm: what it makes of the network's outputs and the errors behind it, (C, d_L), and the deviations.
+  T *normal_ = nullptr, *missed_ = nullptr, *deviation_ = nullptr, *rows_ = nullptr, *d_last_ = nullptr;
   // A token each, or for the work of a moment.
   T *factor_, *flipped_, *scaled_, *d_score_, *dots_, *product_, *d_a_, *d_out_;
 };

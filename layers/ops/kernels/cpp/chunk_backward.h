@@ -15,7 +15,7 @@ void Chunk<T>::backward(
   errors(true);
   reads(in, from, nullptr);
   d_x_[0] = grads.k;
-  d_d_.back() = grads.v;
+  d_d_.back() = memory_.has_norm ? d_last_ : grads.v;
   for (int64_t i = 0; i < memory_.depth(); ++i) {
     std::fill_n(d_x_[i], memory_.tokens * memory_.widths[i], T(0));
     std::fill_n(d_d_[i], memory_.tokens * memory_.widths[i + 1], T(0));
@@ -29,6 +29,7 @@ void Chunk<T>::backward(
   const Matrices<T>& d_weights = is_sum ? d_weights_ : from.base.empty() ? grad.carry : grad.base;
   for (int64_t i = 0; i < memory_.depth() && is_sum; ++i) std::fill_n(d_weights[i], memory_.numbers(i), T(0));
   d_errors(d_weights);
+  if (memory_.has_norm) d_norm(grads, from, grad);
   d_keys(d_weights);
   for (int64_t i = 0; i < memory_.depth(); ++i) {
     const int64_t size = memory_.numbers(i);
@@ -206,6 +207,24 @@ void Chunk<T>::d_errors(const Matrices<T>& d_weights) {
   each_vector<T>(m.tokens * m.widths[last + 1], [&](int64_t n) {
     (Vector<T>::loadu(d_d_[last] + n) * scale).store(d_d_[last] + n);
   });
+}
+
+// The error behind the norm, from its gradient to minus that of the network's output: both are the last d's.
+template <typename T>
+void Chunk<T>::d_norm(const Fields<T>& grads, const States<const T>& from, const States<T>& grad) {
+  const int64_t width = memory_.widths.back();
+  for (int64_t t = 0; t < memory_.tokens; ++t) {
+    const int64_t at = t * width;
+    T* d_error = grads.v + at;
+    gradient_backward<T>(
+        width, {normal_ + at, missed_ + at, from.norm[0], deviation_[t], grad.norm[0], grad.norm[1]}, d_last_ + at,
+        d_error, rows_);
+    each_vector<T>(width, [&](int64_t i) {
+      const Vector<T> d = Vector<T>::loadu(d_error + i);
+      (Vector<T>::loadu(grads.k + at + i) + d).store(grads.k + at + i);
+      d.neg().store(d_error + i);
+    });
+  }
 }
 
 // The keys, last layer first: z = x w, x_next = act(z); the gradient of the last z is minus that of the last error.

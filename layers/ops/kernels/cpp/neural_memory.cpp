@@ -17,14 +17,15 @@ using at::Tensor;
 
 template <typename T>
 Memory<T> memory_of(
-    const std::vector<Tensor>& inputs, const std::vector<int64_t>& widths, const std::string& activation,
-    double loss_scale, std::optional<double> limit) {
+    const std::vector<Tensor>& inputs, const std::vector<Tensor>& anchor, const std::vector<Tensor>& norm,
+    const std::vector<int64_t>& widths, const std::string& activation, double loss_scale,
+    std::optional<double> limit) {
   TORCH_CHECK(inputs[3].size(2) % 16 == 0, "chunks of ", inputs[3].size(2), " tokens; 16 must divide them");
   for (int64_t width : widths) TORCH_CHECK(width % 16 == 0, "a width of ", width, "; 16 must divide it");
   std::optional<T> own_limit;
   if (limit) own_limit = static_cast<T>(*limit);
   return {inputs[3].size(2), inputs.back().size(1), widths, jet_of<T>(activation),
-          static_cast<T>(loss_scale), own_limit};
+          static_cast<T>(loss_scale), own_limit, !anchor.empty(), !norm.empty()};
 }
 
 // The coefficients of row ``row`` in chunk ``j``, of tensors mix (n, R, C, C), read and write (n, k, R, C, 1) and
@@ -93,6 +94,15 @@ Matrices<P> matrices_of(const std::vector<Tensor>& tensors, int64_t row) {
   return matrices;
 }
 
+// What row ``row`` starts from, or where the gradients of that go.
+template <typename P>
+States<P> states_of(
+    const std::vector<Tensor>& carry, const std::vector<Tensor>& base, const std::vector<Tensor>& anchor,
+    const std::vector<Tensor>& norm, int64_t row) {
+  return {
+      matrices_of<P>(carry, row), matrices_of<P>(base, row), matrices_of<P>(anchor, row), matrices_of<P>(norm, row)};
+}
+
 // The matrices of all blocks at ``data``, where they lie one after the other.
 template <typename P, typename T>
 Matrices<P> packed_matrices(const Memory<T>& memory, P* data) {
@@ -104,27 +114,29 @@ Matrices<P> packed_matrices(const Memory<T>& memory, P* data) {
   return matrices;
 }
 
-// Fill y, error_norm, ends and last_base. The blocks between chunks go to ``inner`` (n - 1 or 1, R, numbers), a single
-// one of which every chunk writes over.
+// Fill y, error_norm, ends and last_base. Every ``group``-th of the blocks between chunks goes to ``inner`` (number,
+// R, numbers), if that has room for any.
 void scan(
     std::vector<Tensor> inputs, std::vector<Tensor> start, std::vector<Tensor> base, std::vector<Tensor> anchor,
-    Tensor last, Tensor inner, Tensor y, Tensor error_norm, std::vector<Tensor> ends, std::vector<Tensor> last_base,
-    std::vector<int64_t> widths, std::string activation, double loss_scale, std::optional<double> limit) {
+    std::vector<Tensor> norm, Tensor last, int64_t group, Tensor inner, Tensor y, Tensor error_norm,
+    std::vector<Tensor> ends, std::vector<Tensor> last_base, std::vector<int64_t> widths, std::string activation,
+    double loss_scale, std::optional<double> limit) {
   AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "neural_memory_scan", [&] {
-    const auto memory = memory_of<scalar_t>(inputs, widths, activation, loss_scale, limit);
-    const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1), kept = inner.size(0);
+    const auto memory = memory_of<scalar_t>(inputs, anchor, norm, widths, activation, loss_scale, limit);
+    const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1), numbers = inner.size(2);
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      Chunk<scalar_t> chunk(memory, !anchor.empty(), false);
+      Chunk<scalar_t> chunk(memory, false);
       Rows<scalar_t> q(inputs[0], memory.tokens), k(inputs[1], memory.tokens), v(inputs[2], memory.tokens);
       Rows<scalar_t> reads(y, memory.tokens);
+      Room<scalar_t> passing(numbers);
       for (int64_t row = begin; row < end; ++row) {
-        States<const scalar_t> from{
-            matrices_of<const scalar_t>(start, row), matrices_of<const scalar_t>(base, row),
-            matrices_of<const scalar_t>(anchor, row)};
+        auto from = states_of<const scalar_t>(start, base, anchor, norm, row);
         for (int64_t j = 0; j < chunks; ++j) {
           auto next = matrices_of<scalar_t>(ends, row);
           if (j + 1 < chunks) {
-            scalar_t* place = inner.data_ptr<scalar_t>() + (std::min(j, kept - 1) * rows + row) * inner.size(2);
+            const bool is_kept = inner.size(0) > 0 && (j + 1) % group == 0;
+            scalar_t* place = passing.data();
+            if (is_kept) place = inner.data_ptr<scalar_t>() + (((j + 1) / group - 1) * rows + row) * numbers;
             next = packed_matrices(memory, place);
           }
           Matrices<scalar_t> at;
@@ -142,42 +154,59 @@ void scan(
   });
 }
 
-// Fill grads; d_start holds the gradients of the last blocks and is left with those of the first, d_base and d_anchor
-// are added to.
+// Fill grads; d_start holds the gradients of the last blocks and is left with those of the first, d_base, d_anchor and
+// d_norm are added to.
 void scan_gradients(
     std::vector<Tensor> inputs, std::vector<Tensor> start, std::vector<Tensor> base, std::vector<Tensor> anchor,
-    Tensor last, Tensor inner, Tensor d_y, std::vector<Tensor> d_last_base, std::vector<Tensor> grads,
-    std::vector<Tensor> d_start, std::vector<Tensor> d_base, std::vector<Tensor> d_anchor, std::vector<int64_t> widths,
-    std::string activation, double loss_scale, std::optional<double> limit) {
+    std::vector<Tensor> norm, Tensor last, int64_t group, Tensor inner, Tensor d_y, std::vector<Tensor> d_last_base,
+    std::vector<Tensor> grads, std::vector<Tensor> d_start, std::vector<Tensor> d_base, std::vector<Tensor> d_anchor,
+    std::vector<Tensor> d_norm, std::vector<int64_t> widths, std::string activation, double loss_scale,
+    std::optional<double> limit) {
   AT_DISPATCH_FLOATING_TYPES(d_y.scalar_type(), "neural_memory_scan_gradients", [&] {
-    const auto memory = memory_of<scalar_t>(inputs, widths, activation, loss_scale, limit);
-    const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1);
+    const auto memory = memory_of<scalar_t>(inputs, anchor, norm, widths, activation, loss_scale, limit);
+    const int64_t chunks = inputs[3].size(0), rows = inputs[3].size(1), numbers = inner.size(2);
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      Chunk<scalar_t> chunk(memory, !anchor.empty(), true);
+      Chunk<scalar_t> chunk(memory, true);
       Rows<scalar_t> q(inputs[0], memory.tokens), k(inputs[1], memory.tokens), v(inputs[2], memory.tokens);
       Rows<scalar_t> d_q(grads[0], memory.tokens), d_k(grads[1], memory.tokens), d_v(grads[2], memory.tokens);
       Rows<scalar_t> d_reads(d_y, memory.tokens);
+      Room<scalar_t> again(std::min(group - 1, chunks - 1) * numbers);  // blocks in a group, behind its first chunk
       for (int64_t row = begin; row < end; ++row) {
-        const States<scalar_t> grad{
-            matrices_of<scalar_t>(d_start, row), matrices_of<scalar_t>(d_base, row),
-            matrices_of<scalar_t>(d_anchor, row)};
-        States<const scalar_t> from{{}, {}, matrices_of<const scalar_t>(anchor, row)};
-        for (int64_t j = chunks - 1; j >= 0; --j) {
-          if (j > 0) {
-            const scalar_t* place = inner.data_ptr<scalar_t>() + ((j - 1) * rows + row) * inner.size(2);
+        const auto first = states_of<const scalar_t>(start, base, anchor, norm, row);
+        const auto grad = states_of<scalar_t>(d_start, d_base, d_anchor, d_norm, row);
+        for (int64_t begins = (chunks - 1) / group * group; begins >= 0; begins -= group) {
+          auto from = first;
+          if (begins > 0) {
+            const scalar_t* place = inner.data_ptr<scalar_t>() + ((begins / group - 1) * rows + row) * numbers;
             from.carry = packed_matrices(memory, place);
-          } else {
-            from.carry = matrices_of<const scalar_t>(start, row);
-            from.base = matrices_of<const scalar_t>(base, row);
+            from.base.clear();
           }
-          Matrices<const scalar_t> d_at;
-          if (j == last.data_ptr<int32_t>()[row]) d_at = matrices_of<const scalar_t>(d_last_base, row);
-          auto fields = coefficients_of<const scalar_t>(inputs, 3, j, row);
-          fields.q = q.gather(j, row), fields.k = k.gather(j, row), fields.v = v.gather(j, row);
-          auto to = coefficients_of<scalar_t>(grads, 3, j, row);
-          to.q = d_q.room(), to.k = d_k.room(), to.v = d_v.room();
-          chunk.backward(fields, from, d_reads.gather(j, row), d_at, to, grad);
-          d_q.scatter(j, row), d_k.scatter(j, row), d_v.scatter(j, row);
+          const auto at_begin = from;
+          const int64_t past = std::min(begins + group, chunks);
+          for (int64_t j = begins; j + 1 < past; ++j) {
+            auto fields = coefficients_of<const scalar_t>(inputs, 3, j, row);
+            fields.k = k.gather(j, row), fields.v = v.gather(j, row);
+            const auto next = packed_matrices(memory, again.data() + (j - begins) * numbers);
+            chunk.advance(fields, from, next);
+            from.carry.assign(next.begin(), next.end());
+            from.base.clear();
+          }
+          for (int64_t j = past - 1; j >= begins; --j) {
+            if (j == begins) {
+              from = at_begin;
+            } else {
+              const scalar_t* place = again.data() + (j - begins - 1) * numbers;
+              from.carry = packed_matrices(memory, place);
+            }
+            Matrices<const scalar_t> d_at;
+            if (j == last.data_ptr<int32_t>()[row]) d_at = matrices_of<const scalar_t>(d_last_base, row);
+            auto fields = coefficients_of<const scalar_t>(inputs, 3, j, row);
+            fields.q = q.gather(j, row), fields.k = k.gather(j, row), fields.v = v.gather(j, row);
+            auto to = coefficients_of<scalar_t>(grads, 3, j, row);
+            to.q = d_q.room(), to.k = d_k.room(), to.v = d_v.room();
+            chunk.backward(fields, from, d_reads.gather(j, row), d_at, to, grad);
+            d_q.scatter(j, row), d_k.scatter(j, row), d_v.scatter(j, row);
+          }
         }
       }
     });
