@@ -169,17 +169,17 @@ class NeuralMemory(SequenceMixer):
         self.loss_scale, self.max_gradient_norm = loss_scale, max_gradient_norm
         self.lookahead_values, self.implicit_step = lookahead_values, implicit_step
         self.objective_window, self.checkpoint_chunks, self.backend = objective_window, checkpoint_chunks, backend
-        own_loss = objective_window == 1
-        self.is_online = is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm, own_loss)
+        self.is_online = is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm, objective_window)
         widths = [head_dim, *[hidden_width(head_dim, memory_expansion)] * (memory_depth - 1), head_dim]
         self.query_key_value = nn.Linear(dim, 3 * inner, bias=False)
-        self._has = dict(
-            momentum=momentum, convolution=conv_width is not None, lookahead=lookahead_values, window=not own_loss
-        )
+        self.num_gates = num_heads * gate_groups
+        self._has: dict[str, int] = dict(
+            momentum=momentum, convolution=conv_width is not None, lookahead=lookahead_values,
+            objective_window=objective_window, shares=self.num_gates * (objective_window > 1),
+        )  # fmt: skip
         own = "cpp" if backend == "cpp" else "auto"
         self.conv = None if conv_width is None else ShortConv(3 * inner, width=conv_width, backend=own)
-        self.num_gates = num_heads * gate_groups
-        self.gate_names = used_gates(momentum=momentum, forgetting=forgetting, own_loss=own_loss)
+        self.gate_names = used_gates(momentum=momentum, forgetting=forgetting, window=objective_window)
         self.gates = nn.Linear(dim, len(self.gate_names) * self.num_gates)
         self.weight_shapes = [(num_heads, *pair) for pair in itertools.pairwise(widths)]
         self.initial_weights = nn.ParameterList(torch.empty(shape) for shape in self.weight_shapes)

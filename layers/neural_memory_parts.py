@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from memzoo.layers.errors import check_choice, check_divisible, check_positive
 from memzoo.layers.ops.activations import ACTIVATIONS
-from memzoo.layers.ops.backend import check_backend
+from memzoo.layers.ops.backend import check_backend, refuse
 from memzoo.layers.ops.cpp_library import require_compiler
 from memzoo.layers.ops.elementwise import unit_norm
 from memzoo.layers.ops.memory_arguments import Weights
-from memzoo.layers.ops.neural_memory_fused import BACKENDS, check_fused
+from memzoo.layers.ops.neural_memory_fused import BACKENDS, KERNELS, check_fused
 from memzoo.layers.ops.neural_memory_window import Recent, latest, with_recent
 from memzoo.layers.ops.precision import no_autocast
 from memzoo.layers.short_conv import ShortConvState
@@ -51,7 +51,7 @@ class NeuralMemoryState(MixerState):
     base: Weights
     conv: ShortConvState | None
     last_key: tuple[Tensor, ...]
-    recent: tuple[Tensor, ...]
+    recent: tuple[Tensor, ...] = ()
 
     @staticmethod
     def zeros(
@@ -86,21 +86,22 @@ class NeuralMemoryState(MixerState):
             (zeros(past, *token), zeros(past, *token), zeros(past, num_gates)) if past else (),
         )
 
-    def check(self, shapes: Sequence[tuple[int, ...]], **options: bool) -> None:
-        """Require memories of these shapes and parts for these options.
+    def check(self, shapes: Sequence[tuple[int, ...]], **options: int) -> None:
+        """Require memories of these shapes and parts for these options: whether there are any, or how many.
 
         Raises:
             ValueError: The state is of another layer.
         """
         own = [tuple(w.shape[1:]) for w in self.weights]
         parts = {
-            "momentum": len(self.momentum),
+            "momentum": len(self.momentum) > 0,
             "convolution": self.conv is not None,
-            "lookahead": len(self.last_key),
-            "window": len(self.recent),
+            "lookahead": len(self.last_key) > 0,
+            "objective_window": 1 + self.recent[0].shape[1] if self.recent else 1,
+            "shares": self.recent[2].shape[2] if self.recent else 0,
         }
-        if own != list(shapes) or any(bool(parts[name]) != wanted for name, wanted in options.items()):
-            theirs = ", ".join(f"{name}={bool(part)}" for name, part in parts.items())
+        if own != list(shapes) or any(parts[name] != wanted for name, wanted in options.items()):
+            theirs = ", ".join(f"{name}={part}" for name, part in parts.items())
             ours = ", ".join(f"{name}={wanted}" for name, wanted in options.items())
             raise ValueError(
                 f"state holds memories of {own}, {theirs}; this layer's are {shapes}, {ours}: pass what its previous "
@@ -109,10 +110,10 @@ class NeuralMemoryState(MixerState):
 
 
 def is_online(
-    chunk_size: int, memory_depth: int, max_gradient_norm: float | None, residual_norm: bool, own_loss: bool
+    chunk_size: int, memory_depth: int, max_gradient_norm: float | None, residual_norm: bool, window: int
 ) -> bool:
     """Whether one triangular solve for many tokens does what the chunk form would do token by token."""
-    return chunk_size == memory_depth == 1 and max_gradient_norm is None and not residual_norm and own_loss
+    return chunk_size == memory_depth == 1 and max_gradient_norm is None and not residual_norm and window == 1
 
 
 def hidden_width(head_dim: int, memory_expansion: float) -> int:
@@ -178,9 +179,8 @@ def check_options(
             f"residual_norm=False"
         )
     check_positive("objective_window", objective_window, "1 is a step on a token's own loss")
-    own_loss = objective_window == 1
     if (
-        is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm, own_loss)
+        is_online(chunk_size, memory_depth, max_gradient_norm, residual_norm, objective_window)
         and checkpoint_chunks is not None
     ):
         raise ValueError(
@@ -191,22 +191,23 @@ def check_options(
         backend,
         memory_depth=memory_depth,
         residual_norm=residual_norm,
-        is_windowed=not own_loss,
         checkpoint_chunks=checkpoint_chunks,
         head_dim=head_dim,
         hidden_widths=[hidden_width(head_dim, memory_expansion)] * (memory_depth - 1),
         chunk_size=chunk_size,
     )
-    if implicit_step and (chunk_size, memory_depth, residual_norm, own_loss) != (1, 1, False, True):
+    if objective_window > 1 and backend in KERNELS:
+        refuse(backend, f"objective_window={objective_window}; use 1")
+    if implicit_step and (chunk_size, memory_depth, residual_norm, objective_window) != (1, 1, False, 1):
         raise ValueError(
             "implicit_step=True has a closed form for a linear memory written token by token only; use "
             "memory_depth=1, chunk_size=1, residual_norm=False and objective_window=1"
         )
 
 
-def used_gates(*, momentum: bool, forgetting: bool, own_loss: bool) -> list[str]:
+def used_gates(*, momentum: bool, forgetting: bool, window: int) -> list[str]:
     """Return the names of a memory's gates, in the order of their values."""
-    used = {"theta": True, "eta": momentum, "alpha": forgetting, "gamma": not own_loss}
+    used = {"theta": True, "eta": momentum, "alpha": forgetting, "gamma": window > 1}
     return [name for name, is_used in used.items() if is_used]
 
 
@@ -262,9 +263,11 @@ def still_seen(
     """Return what the next call's writes see of tokens up to here, ``NeuralMemoryState.recent``."""
     if window == 1:
         return ()
+    first = max(0, k.shape[1] - window + 1) if lengths is None else 0  # of a long call the last are enough
+    gamma = torch.ones_like(k[..., 0]) if gamma is None else gamma
+    k, v, gamma = (t[:, first:].to(torch.promote_types(t.dtype, torch.float32)) for t in (k, v, gamma))
     before = None if state is None else cast(Recent, state.recent)
-    tokens = latest(with_recent(k, v, gamma, before, window), lengths, window)
-    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tokens)
+    return latest(with_recent(k, v, gamma, before, window), lengths, window)
 
 
 def where_read(lengths: Tensor, new: Weights, old: Weights) -> Weights:

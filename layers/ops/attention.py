@@ -214,7 +214,7 @@ def _attend(
             visible = _band(time, 0, time, q.device)
         visible = F.pad(visible, (prefix[0].shape[1], 0), value=True)
         k, v = (
-            torch.cat((p.to(x.dtype).repeat_interleave(x.shape[0] // p.shape[0], 0), x), dim=1)
+            torch.cat((p.to(x.dtype).repeat_interleave(x.shape[0] // max(p.shape[0], 1), 0), x), dim=1)
             for p, x in zip(prefix, (k, v), strict=True)
         )
     # Flash kernels, that of the CPU among them, want values as wide as keys. Measured there, for twice the width: two

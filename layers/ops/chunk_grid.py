@@ -66,7 +66,8 @@ class ChunkGrid:
 
         phase = torch.as_tensor(position, device=device).expand(batch)[:, None] % chunk_size
         end = time if lengths is None else lengths[:, None]
-        chunks = (time + chunk_size - 2) // chunk_size + 1
+        most = position % chunk_size if isinstance(position, int) else chunk_size - 1  # of the tokens before a row
+        chunks = (most + time - 1) // chunk_size + 1
         chunk = torch.arange(chunks * width, device=device) // width
         within = torch.arange(chunks * width, device=device) % width
         first = (chunk * chunk_size - phase).clamp_min(0)  # first token of each slot's chunk

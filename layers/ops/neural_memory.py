@@ -201,7 +201,7 @@ def neural_memory_scan(
         q, k, v = (t.to(dtype) for t in (q, k, v))
         backend = choose_fused(
             backend, (q, k, v), weights,
-            chunk_size=chunk_size, residual_norm=norm is not None, is_windowed=is_windowed,
+            chunk_size=chunk_size, residual_norm=norm is not None, window=window, gamma=gamma,
             checkpoint_chunks=checkpoint_chunks,
         )  # fmt: skip
         width = chunk_width(backend, time, chunk_size)

@@ -24,13 +24,12 @@ KERNELS = {"triton": neural_memory_triton, "cpp": neural_memory_cpp}
 BACKENDS = ("torch", *KERNELS)
 
 
-def check_fused(
-    backend: str,
-    *,
-    is_windowed: bool,
-    **sizes: Any,
-) -> None:
+def check_fused(backend: str, **sizes: Any) -> None:
     """Require a memory that the kernels of ``backend`` take; "auto" and "torch" take all.
+
+    Args:
+        backend: What was asked for.
+        sizes: What their ``check_sizes`` takes.
 
     Raises:
         ValueError: There is an obstacle.
@@ -38,8 +37,6 @@ def check_fused(
     if backend not in KERNELS:
         return
     KERNELS[backend].check_sizes(**sizes)
-    if is_windowed:
-        refuse(backend, "steps on the losses of several tokens; use objective_window=1")
 
 
 def choose_fused(
@@ -49,7 +46,8 @@ def choose_fused(
     *,
     chunk_size: int,
     residual_norm: bool,
-    is_windowed: bool,
+    window: int,
+    gamma: Tensor | None,
     checkpoint_chunks: int | None,
 ) -> str:
     """Return the backend that q, k, v (batch, time, heads, d) are scanned by, one of ``BACKENDS``.
@@ -61,6 +59,8 @@ def choose_fused(
         tokens: Queries, keys and values, cast to the memory's dtype.
         weights: Of the memory.
         chunk_size: Of the model, as are the rest.
+        window: Tokens whose losses a step is on.
+        gamma: Their shares.
 
     Raises:
         ValueError: They were asked for, and memory, device or dtype are none of theirs.
@@ -72,12 +72,15 @@ def choose_fused(
         backend,
         memory_depth=len(weights),
         residual_norm=residual_norm,
-        is_windowed=is_windowed,
         checkpoint_chunks=checkpoint_chunks,
         head_dim=q.shape[-1],
         hidden_widths=[w.shape[-1] for w in weights[:-1]],
         chunk_size=chunk_size,
     )
+    if window > 1:
+        refuse(backend, f"window={window}; use 1")
+    if gamma is not None:
+        refuse(backend, "gamma is given; use None")
     if v.shape[-1] != q.shape[-1]:
         refuse(backend, f"v has width {v.shape[-1]}, q has {q.shape[-1]}; use equal widths")
     if q.is_meta:

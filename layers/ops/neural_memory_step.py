@@ -50,13 +50,11 @@ def neural_memory_step(
     count = torch.as_tensor(position, device=q.device).expand(batch).repeat_interleave(heads)[:, None, None]
     real = None if lengths is None else (lengths > 0).repeat_interleave(heads)[:, None, None]
     with no_autocast(q.device):
-        step = theta
+        q, k, v, step, alpha = (x.to(dtype) for x in (q, k, v, theta, alpha))
         if window > 1 or gamma is not None:
             k, v, shares = with_recent(k, v, gamma, recent, window)
-            step = theta.to(dtype) * shares.to(dtype)
-        rows = _Rows(
-            *(x.to(dtype).transpose(1, 2).reshape(batch * heads, x.shape[1], -1) for x in (q, k, v, step, alpha))
-        )
+            step = step * shares
+        rows = _Rows(*(x.transpose(1, 2).reshape(batch * heads, x.shape[1], -1) for x in (q, k, v, step, alpha)))
         kept = None if eta is None else eta.to(dtype).reshape(-1, 1, 1)
         w, past, given, towards = (to_rows(part, dtype) for part in (weights, momentum, base, anchor))
         if eta is not None and not past:

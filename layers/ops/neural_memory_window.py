@@ -43,7 +43,10 @@ def check_window(window: int, gamma: Tensor | None, recent: Recent | None, k: Te
 
 
 def with_recent(k: Tensor, v: Tensor, gamma: Tensor | None, recent: Recent | None, window: int) -> Recent:
-    """Return keys, values and shares of ``window - 1 + time`` tokens: those before, or zeros, and these."""
+    """Return keys, values and shares of ``window - 1 + time`` tokens: those before, or zeros, and these.
+
+    In the dtypes of these, to which the caller casts them: what lies before can be of a wider one.
+    """
     these = (k, v, torch.ones_like(k[..., 0]) if gamma is None else gamma)
     if recent is None:
         recent = tuple(t.new_zeros(t.shape[0], window - 1, *t.shape[2:]) for t in these)  # type: ignore[assignment]

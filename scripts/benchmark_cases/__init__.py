@@ -8,6 +8,7 @@ from benchmark_cases import (
     elementwise,
     graph_memory,
     memory_bank,
+    memory_settings,
     neural_memory,
     recurrence,
     side_memory,
@@ -17,6 +18,7 @@ from benchmark_cases import (
 
 CASES = [
     *neural_memory.CASES,
+    *memory_settings.CASES,
     *titans_mac.CASES,
     *recurrence.CASES,
     *state_space.CASES,

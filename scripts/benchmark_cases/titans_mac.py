@@ -21,6 +21,7 @@ RECOMPUTED = "memzoo TitansMAC, checkpoint_blocks={}"
 COMPILED = "memzoo TitansMAC, CompiledStep"
 MOVING = "titans-pytorch 0.5.5, memory moves every segment (gates a chunk)"
 MOVING_COMPILED = "titans-pytorch 0.5.5, memory moves every segment, torch.compile"
+FINE = "titans-pytorch 0.5.5, gates for 4 tokens"
 EXACT = "titans-pytorch 0.5.5, per-token gates (chunk 1)"
 DEFAULT = "titans-pytorch 0.5.5, its defaults (base never moves, 4 streams)"
 
@@ -226,6 +227,7 @@ def cases(
     floor = f"\nThe products of a step of ours are {sum(p.flops for p in products) / 1e9:.0f} GFLOP."
     few = 2 * s.segment_size  # it keeps weights for every token: time and memory are those of its tokens
     short = f"{EXACT}, {few} tokens"
+    fine = f"{FINE}, {2 * few} tokens"
     return [
         Case(
             "titans_mac_train",
@@ -241,10 +243,11 @@ def cases(
                 ),
                 Variant(OURS, lambda: train_ours(s, batch, time), batch * time, products),
                 *(trained(name, time, **options) for name, options in wiring.items()),
+                trained(fine, 2 * few, chunk=4),
                 trained(short, few, chunk=1),
             ],
-            note=f"{NOTE} In C++: memory={{'backend': 'cpp'}}.{floor}",
-            targets={MOVING: 3.0, short: 3.0},
+            note=f"{NOTE} In C++: memory={{'backend': 'cpp'}}. Its training script has gates for 4 tokens.{floor}",
+            targets={MOVING: 3.0, fine: 3.0, short: 3.0},
             most_memory={MOVING: 0.5, short: 0.5},
         ),
         Case(

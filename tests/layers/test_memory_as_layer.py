@@ -222,3 +222,10 @@ def test_states_of_other_layers_are_refused():
     for other in (0, 3):
         with pytest.raises(ValueError, match=r"state holds persistent tokens of shape .*, this layer's have \(2, 8\)"):
             layer(x, build(num_persistent_tokens=other).initial_state(2))
+
+
+def test_an_empty_batch_is_one():
+    layer = MemoryAsLayer(8, window=4, num_persistent_tokens=2, num_heads=2, memory={"chunk_size": 3})
+    y, state = layer(torch.zeros(0, 5, 8))
+    assert y.shape == (0, 5, 8)
+    assert state.memory.weights[0].shape[0] == 0

@@ -80,6 +80,8 @@ def cases(draw: st.DrawFn) -> tuple[Case, Case]:
         sizes |= {"value_dim": None, "with_norm": True}
     window = draw(st.just(1) | st.integers(1, 6))
     case = make_case(batch=batch, time=length, window=window, **sizes)
+    if window == 1 and draw(st.booleans()):
+        case["gamma"] = torch.rand_like(case["theta"])
     droppable = ["eta", "momentum", "base", "anchor", *(["gamma", "recent"] if window > 1 else [])]
     dropped = draw(st.sets(st.sampled_from(droppable)))
     case |= dict.fromkeys(dropped | ({"momentum"} if "eta" in dropped else set()))

@@ -156,9 +156,10 @@ def test_a_key_whose_square_overflows_leaves_nothing_in_the_gradients(backend: s
 
 
 @needs_cpp
-def test_gradients_are_the_loop_s() -> None:
-    case = without(make_case(time=40, heads=1, dim=16, hidden=32), "base")
-    options = dict(chunk_size=16, max_gradient_norm=0.5, loss_scale=2.0)
+@pytest.mark.parametrize("position", [0, 5])
+def test_gradients_are_the_loop_s(position: int) -> None:
+    case = make_case(time=40, heads=1, dim=16, hidden=32, depth=3)
+    options = dict(chunk_size=16, max_gradient_norm=0.5, loss_scale=2.0, position=position)
     found = gradients(lambda **t: neural_memory(**t, backend="cpp"), case, **options)
     assert_close(found, gradients(loop, case, **options))
 
@@ -178,8 +179,11 @@ def test_in_float32_they_are_as_close_as_torch(name: str) -> None:
 
 
 @needs_cpp
-def test_without_gradients_and_with_other_threads_every_bit_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, options = prepare(*CASES["everything"])
+@pytest.mark.parametrize("name", ["everything", "rows anywhere in a chunk"])
+def test_without_gradients_and_with_other_threads_every_bit_is_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, options = prepare(*CASES[name])
     own, args = fused.FusedScan.forward, []
 
     def forward(ctx: Any, *rest: Any) -> Any:
@@ -239,7 +243,9 @@ def test_the_past_does_not_see_the_future_to_the_bit() -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("name", ["everything", pytest.param("three layers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["a norm of a limited matrix within a chunk", pytest.param("three layers", marks=pytest.mark.slow)]
+)
 def test_a_compiler_takes_each_kernel_as_one_operation(name: str) -> None:
     case, options = prepare(*(CASES | MORE)[name])
     compiled = torch.compile(neural_memory_scan, fullgraph=True, backend="aot_eager")
@@ -296,7 +302,7 @@ SIZES: dict[str, Any] = dict(dim=64, num_heads=4, chunk_size=16)
         ({"dim": 96}, "head_dim=24; use a multiple of 16"),
         ({"chunk_size": 24}, "chunk_size=24; use a multiple of 16"),
         ({"memory_expansion": 1.5}, "memory_expansion gives a head 24 hidden units; use one with which 16 divides"),
-        ({"objective_window": 2}, "steps on the losses of several tokens; use objective_window=1"),
+        ({"objective_window": 2}, "objective_window=2; use 1"),
     ],
 )
 def test_a_memory_that_the_kernels_do_not_take_is_refused_when_it_is_built(options, words) -> None:

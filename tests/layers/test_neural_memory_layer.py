@@ -137,6 +137,18 @@ def test_04_no_output_depends_on_a_later_token(options):
 # 5. Streaming.
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_05_what_is_seen_again_is_not_rounded_by_a_call_in_a_lower_precision(dtype):
+    layer, x = build(objective_window=5).float(), tokens().float()
+    _, state = layer(x)
+    _, after = layer.to(dtype)(x[:, :1].to(dtype), state)
+    for old, new in zip(state.recent, after.recent, strict=True):
+        assert_same_bits(new[:, :-1], old[:, 1:])
+    _, kept = layer(x[:, :1].to(dtype), state, mask=torch.zeros(len(x), 1, dtype=torch.bool))
+    assert_same_bits(kept.recent, state.recent)
+
+
 @pytest.mark.parametrize("position", [3, 6, 8])
 def test_05_a_position_known_to_the_caller_changes_nothing(position):
     layer, x = build(), tokens(time=14)
@@ -345,7 +357,7 @@ def test_bad_options_are_refused_by_name(options, message):
         (
             torch.zeros(2, 3, 8),
             {"state": NeuralMemory(8, num_heads=2, objective_window=3).initial_state(2)},
-            "window=True; this layer's .* window=False",
+            "objective_window=3, shares=2; this layer's .* objective_window=1, shares=0",
         ),
         (torch.zeros(2, 3, 8, dtype=torch.float64), {}, "x has dtype torch.float64, the parameters"),
     ],

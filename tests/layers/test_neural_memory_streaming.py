@@ -80,16 +80,18 @@ def test_05_a_step_costs_the_same_wherever_it_stands():
 # 19. Tokens that do not exist.
 
 
-def test_19_what_lies_behind_a_row_changes_nothing():
-    case, lengths = make_case(time=9), torch.tensor([0, 5])
+@pytest.mark.parametrize("window", [1, 3])
+def test_19_what_lies_behind_a_row_changes_nothing(window):
+    case, lengths = make_case(time=9, window=window), torch.tensor([0, 5])
+    options = {"chunk_size": 4, "window": window}
     padded = {name: x.clone() for name, x in case.items() if isinstance(x, Tensor)}
     for row, length in enumerate(lengths):
         for x in padded.values():
             x[row, length:] = torch.nan
-    before, after = (neural_memory_scan(**c, chunk_size=4, lengths=lengths) for c in (case, case | padded))
+    before, after = (neural_memory_scan(**c, **options, lengths=lengths) for c in (case, case | padded))
     assert_same_bits(after[1:], before[1:])
     assert_same_bits(after[0][1, :5], before[0][1, :5])
-    alone = neural_memory_scan(**take(case, rows=[1], times=slice(5)), chunk_size=4)
+    alone = neural_memory_scan(**take(case, rows=[1], times=slice(5)), **options)
     assert_close((before[0][1:, :5], *tree_map(lambda x: x[1:], before[1:])), alone)
 
 

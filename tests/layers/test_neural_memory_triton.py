@@ -24,6 +24,7 @@ from tests.interpreted_triton import run_interpreted
 from tests.layers.fused_scan_cases import CASES, call, distance, prepare
 from tests.layers.neural_memory_cases import make_case
 
+BRIEF = ("everything", "rows anywhere in a chunk")
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="needs triton, which torch brings on Linux")
 
 
@@ -60,7 +61,7 @@ def distances_compiled(name: str) -> list[float]:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "name", [name if name == "everything" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name", [name if name in BRIEF else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_interpreted_kernels_equal_the_torch_backend_in_values_and_all_gradients(name: str) -> None:
     found = run_interpreted(__name__, "distances", name)
@@ -129,7 +130,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"memory_depth": 1, "chunk_size": 1}, "memory_depth=1; use 2"),
         ({"residual_norm": True}, "residual_norm=True; use False"),
         ({"checkpoint_chunks": 4}, "checkpoint_chunks=4, .*; use None"),
-        ({"objective_window": 2}, "steps on the losses of several tokens; use objective_window=1"),
+        ({"objective_window": 2}, "objective_window=2; use 1"),
         ({"num_heads": 2}, "head_dim=128; use one of 16, 32, 64"),
         ({"chunk_size": 100}, "chunk_size=100; use one of 16, 32, 64"),
         (
@@ -157,7 +158,7 @@ def test_without_triton_or_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_is_taken_where_it_is_asked_for_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weights = torch.empty(2, 64, 4, 64), (torch.empty(2, 4, 64, 128), torch.empty(2, 4, 128, 64))
-    options: dict[str, Any] = dict(chunk_size=64, residual_norm=False, is_windowed=False, checkpoint_chunks=None)
+    options: dict[str, Any] = dict(chunk_size=64, residual_norm=False, window=1, gamma=None, checkpoint_chunks=None)
     with pytest.raises(ValueError, match="q is on cpu"):
         fused.choose_fused("triton", (rows, rows, rows), weights, **options)
     monkeypatch.setattr(backend, "check_place", lambda q: None)
@@ -172,6 +173,10 @@ def test_it_is_taken_where_it_is_asked_for_and_fits(monkeypatch: pytest.MonkeyPa
         chosen("triton", width=32)
     with pytest.raises(ValueError, match="residual_norm=True; use False"):
         chosen("triton", residual_norm=True)
+    with pytest.raises(ValueError, match="window=3; use 1"):
+        chosen("triton", window=3)
+    with pytest.raises(ValueError, match="gamma is given; use None"):
+        chosen("triton", gamma=torch.ones(2, 64, 4))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,18 @@ from memzoo.layers.ops.neural_memory import neural_memory
 from memzoo.layers.ops.neural_memory_online import neural_memory_online
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-MODULES = ("benchmark", "page", "cases", "case", "products", "neural_memory", "recurrence", "titans_mac", "cuda")
+MODULES = (
+    "benchmark",
+    "page",
+    "cases",
+    "case",
+    "products",
+    "neural_memory",
+    "recurrence",
+    "titans_mac",
+    "cuda",
+    "memory_settings",
+)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +227,7 @@ def small_cases(bench, setting):
         "delta_rule": bench.recurrence.against_peers(32, 2, 8),
         "family": bench.recurrence.family(32, 2, 8),
         "mixture": bench.recurrence.mixture(32, 2, 8),
+        **{case.name: case for case in bench.memory_settings.cases(1, 40, 32, heads=2, chunk=16)},
         "train": bench.titans_mac.cases(setting, batch=1, time=24)[0],
         "train_memory": bench.titans_mac.cases(setting, batch=1, time=24)[1],
         "decode": bench.titans_mac.cases(setting, prompt=16, new=10)[2],
@@ -230,6 +242,7 @@ def small_cases(bench, setting):
     "name",
     [
         *["online", "depth", "checkpoint", "delta_rule", "family", "mixture"],
+        *["memory_as_layer_train", "ttt_mlp_train", "omega_memory_train"],
         *["train", "train_memory", "decode", "cuda_1"],
         pytest.param("decode_compiled", marks=pytest.mark.slow),  # CompiledStep and the rest are tested elsewhere
         pytest.param("cuda_2", marks=pytest.mark.slow),  # compiles what cuda_1 does, of a deeper memory
