@@ -33,7 +33,8 @@ stream before attention, where ours puts it into the context, so that a query se
 1 segment + N_p), and reads the memory once more behind attention; ours convolves q, k and v and writes with gates of
 every token (there the mean of a segment, read from its end on; with chunk 1 gates of every token); its memory's
 activation is GELU, its persistent tokens are keys and values, it adds axial positions and mixes the first block's
-attention values into later ones; "its defaults" also has four residual streams."""
+attention values into later ones; "its defaults" also has four residual streams; its training script has gates for 4
+tokens."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def cases(
                 trained(fine, 2 * few, chunk=4),
                 trained(short, few, chunk=1),
             ],
-            note=f"{NOTE} In C++: memory={{'backend': 'cpp'}}. Its training script has gates for 4 tokens.{floor}",
+            note=f"{NOTE} In C++: memory={{'backend': 'cpp'}}.{floor}",
             targets={MOVING: 3.0, fine: 3.0, short: 3.0},
             most_memory={MOVING: 0.5, short: 0.5},
         ),
