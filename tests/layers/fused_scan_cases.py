@@ -58,6 +58,8 @@ def prepare(sizes: dict[str, Any], options: dict[str, Any]) -> tuple[dict[str, A
     case, options = make_case(**sizes), dict(options)
     for argument, number in options.pop("odd", {}).items():
         case[argument][:, [3, 20]] = number
+    scale = options.pop("scale", 1)
+    case["weights"] = tuple(scale * w for w in case["weights"])
     return case, options
 
 

@@ -55,6 +55,14 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what Triton's do n
         dict(time=32, heads=1, dim=16, hidden=16, with_norm=True),
         dict(max_gradient_norm=1.0, keep=("norm",), eta=None, activation="gelu", odd={"v": 1e200}),
     ),
+    "a norm of tokens that are no numbers": (
+        dict(time=32, heads=1, dim=16, hidden=16, with_norm=True),
+        dict(max_gradient_norm=1.0, keep=("momentum", "norm"), odd={"v": float("nan")}),
+    ),
+    "a norm of a matrix of keys that overflow": (
+        dict(time=32, heads=1, dim=16, depth=1, with_norm=True),
+        dict(max_gradient_norm=1.0, keep=("momentum", "norm"), odd={"k": 1e300}, scale=1e10),
+    ),
     "recomputed chunks": (dict(time=100, heads=1, dim=16, hidden=32), dict(keep=("momentum",), checkpoint_chunks=3)),
     "recomputed chunks within a chunk": (
         dict(time=70, heads=1, dim=16, hidden=32),
