@@ -84,7 +84,8 @@ def neural_memory(
         anchor: Weights that forgetting decays towards; zeros by default.
         max_gradient_norm: Each token's gradient, all layers of a head's memory together, is scaled down to this norm;
             a token whose squared norm is not finite writes nothing. That is computed as the squares of inputs times
-            those of errors; where an input itself is infinite, a key or what a layer makes of it, nothing is safe.
+            those of errors, either of which may overflow by itself. With "triton" keys must be finite, and what the
+            first layer makes of them.
         norm: Gain and bias of a residual and a LayerNorm in the memory, M(x) = x + LN(MLP(x)), as in TTT; they are
             not trained inside. None for a plain MLP.
         window: Tokens whose losses a step descends, its own the last: the Omega rule of ATLAS. The chunk's gradients

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from memzoo.layers.ops.activations import ACTIVATIONS, Activation
+from memzoo.layers.ops.memory_arguments import any_row
 from memzoo.layers.ops.neural_memory_clip import clip_backward, clip_errors, clip_factor
 from memzoo.layers.ops.neural_memory_norm import gradient, gradient_backward, normalise
 
@@ -198,9 +199,10 @@ def chunk_forward(
     if settings.max_gradient_norm is not None:
         work.clip.append(clip_factor(x, d, settings.max_gradient_norm))
         d = [clip_errors(d_i, work.clip[0]) for d_i in d]
-        written = work.clip[0] > 0  # of a token that is dropped nothing may be left: its errors can be infinite
-        work.e = [torch.where(written, e, 0) for e in work.e]
-        work.norm = [torch.where(written, part, 0 if i != 1 else 1) for i, part in enumerate(work.norm)]
+        written = work.clip[0] > 0
+        if any_row(~written):  # of a token that is dropped nothing may be left: any of it can be infinite
+            x, work.z, work.e = ([torch.where(written, t, 0) for t in part] for part in (x, work.z, work.e))
+            work.norm = [torch.where(written, part, 0 if i != 1 else 1) for i, part in enumerate(work.norm)]
     work.d.append(d[last])
 
     # Queries forward through the weights after each token, which exist only as coefficients.
@@ -246,7 +248,9 @@ def chunk_backward(
     carry, weights, base, anchor = states.carry, states.weights, states.base, states.anchor
     fn = ACTIVATIONS[settings.activation]
     last = settings.depth - 1
-    x, first, second = _keys_again(inputs.k, fn, work.z)
+    is_dropped = work.clip and any_row(work.clip[0] == 0)
+    k = torch.where(work.clip[0] > 0, inputs.k, 0) if is_dropped else inputs.k
+    x, first, second = _keys_again(k, fn, work.z)
     d = [fn.pull(e, z) for e, z in zip(work.e, work.z, strict=True)]
     d = [*(clip_errors(d_i, work.clip[0]) for d_i in d), *work.d] if work.clip else d + work.d
 

@@ -65,6 +65,8 @@ def neural_memory_step(
         if max_gradient_norm is not None:
             factor = clip_factor(x, d, max_gradient_norm)
             d = [clip_errors(d_i, factor) for d_i in d]
+            if any_row(factor == 0):  # of a token that is dropped nothing may be left
+                x = [torch.where(factor > 0, x_i, 0) for x_i in x]
         new, surprise = _write(rows, kept, x, d, w, past, towards)
         if real is not None:
             new, surprise = _choose(real, new, w), _choose(real, surprise, past)

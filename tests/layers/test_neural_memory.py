@@ -241,6 +241,36 @@ def test_03_a_token_whose_gradient_overflows_writes_nothing_and_spoils_no_gradie
             assert_close(a, b)
 
 
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "identity"])
+@pytest.mark.parametrize("key", [1e308, torch.inf, torch.nan])
+def test_03_a_token_whose_key_or_hidden_layer_overflows_leaves_nothing(key, activation, with_norm):
+    case = without(make_case(time=8, depth=3, with_norm=with_norm), "base")
+    options = {"chunk_size": 4, "max_gradient_norm": 0.5, "activation": activation}
+    case["weights"] = (3 * case["weights"][0].abs(), *case["weights"][1:])
+    for row, t in ((0, 2), (1, 5)):
+        case["k"][row, t] = key
+    assert_close(neural_memory(**case, **options), reference.neural_memory(**case, **options))
+    tame = tree_map(torch.clone, case)
+    for row, t in ((0, 2), (1, 5)):
+        tame["k"][row, t], tame["theta"][row, t] = 0, 0
+    actual, expected = (gradients(neural_memory, c, **options) for c in (case, tame))
+    for a, b in zip(actual[2:], expected[2:], strict=True):  # all but those of q and k
+        assert a.isfinite().all()
+        assert b.shape == a.shape
+    assert_close([actual[0], actual[2], *actual[4:]], [expected[0], expected[2], *expected[4:]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("key", [1e308, torch.inf, torch.nan])
+def test_03_one_token_whose_key_overflows_leaves_nothing(key, window):
+    case = make_case(time=1, window=window)
+    case["k"][1] = key
+    options = {"chunk_size": 4, "max_gradient_norm": 0.5, "window": window, "position": torch.tensor([3, 1])}
+    assert_close(neural_memory_scan(**case, **options), reference.neural_memory_scan(**case, **options))
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("objective", [torch.sum, torch.norm])
 def test_03_second_derivatives_are_refused_rather_than_wrong(depth, objective):

@@ -153,6 +153,20 @@ def test_an_infinite_error_stops_where_the_activation_is_off() -> None:
     assert_close(*results)
 
 
+@needs_cpp
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu"])
+@pytest.mark.parametrize("key", [1e308, torch.inf, torch.nan])
+def test_a_key_that_overflows_is_dropped_as_by_torch(key: float, activation: str, with_norm: bool) -> None:
+    sizes: dict[str, Any] = dict(time=32, heads=1, dim=16, hidden=32, depth=3, with_norm=with_norm)
+    keep = ("momentum", "anchor", *(["norm"] if with_norm else []))
+    options = dict(max_gradient_norm=1.0, activation=activation, odd={"k": key}, scale=3, keep=keep)
+    case, options = prepare(sizes, options)
+    found, expected = (call(case, options, backend) for backend in ("cpp", "torch"))
+    assert all(x.isfinite().all() for x in expected[:-1])
+    assert all(distance(x, y) < 1e-12 for x, y in zip(found[:-1], expected[:-1], strict=True))
+
+
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_cpp)])
 @pytest.mark.parametrize("activation", ["silu", "relu", "gelu"])
 def test_a_key_whose_square_overflows_leaves_nothing_in_the_gradients(backend: str, activation: str) -> None:
