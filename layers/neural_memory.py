@@ -173,7 +173,7 @@ class NeuralMemory(SequenceMixer):
         widths = [head_dim, *[hidden_width(head_dim, memory_expansion)] * (memory_depth - 1), head_dim]
         self.query_key_value = nn.Linear(dim, 3 * inner, bias=False)
         self.num_gates = num_heads * gate_groups
-        self._has: dict[str, int] = dict(
+        self._state_parts: dict[str, int] = dict(
             momentum=momentum, convolution=conv_width is not None, lookahead=lookahead_values,
             objective_window=objective_window, shares=self.num_gates * (objective_window > 1),
         )  # fmt: skip
@@ -247,7 +247,7 @@ class NeuralMemory(SequenceMixer):
         """
         own = cast(NeuralMemoryState | None, state)
         if own is not None:
-            own.check(self.weight_shapes, **self._has)
+            own.check(self.weight_shapes, **self._state_parts)
         _, after, document = counters(state, x, lengths)
         q, k, v, conv = self._project(x, None if own is None else own.conv, lengths)
         last_key: tuple[Tensor, ...] = ()

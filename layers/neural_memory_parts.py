@@ -261,10 +261,9 @@ def still_seen(
     k: Tensor, v: Tensor, gamma: Tensor | None, state: NeuralMemoryState | None, lengths: Tensor | None, window: int
 ) -> tuple[Tensor, ...]:
     """Return what the next call's writes see of tokens up to here, ``NeuralMemoryState.recent``."""
-    if window == 1:
+    if gamma is None:  # a window of 1
         return ()
     first = max(0, k.shape[1] - window + 1) if lengths is None else 0  # of a long call the last are enough
-    gamma = torch.ones_like(k[..., 0]) if gamma is None else gamma
     k, v, gamma = (t[:, first:].to(torch.promote_types(t.dtype, torch.float32)) for t in (k, v, gamma))
     before = None if state is None else cast(Recent, state.recent)
     return latest(with_recent(k, v, gamma, before, window), lengths, window)

@@ -48,10 +48,8 @@ def with_recent(k: Tensor, v: Tensor, gamma: Tensor | None, recent: Recent | Non
     In the dtypes of these, to which the caller casts them: what lies before can be of a wider one.
     """
     these = (k, v, torch.ones_like(k[..., 0]) if gamma is None else gamma)
-    if recent is None:
-        recent = tuple(t.new_zeros(t.shape[0], window - 1, *t.shape[2:]) for t in these)  # type: ignore[assignment]
-    assert recent is not None
-    k, v, gamma = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(recent, these, strict=True))
+    before = recent or [t.new_zeros(t.shape[0], window - 1, *t.shape[2:]) for t in these]
+    k, v, gamma = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(before, these, strict=True))
     return k, v, gamma
 
 

@@ -255,10 +255,10 @@ def test_03_a_token_whose_key_or_hidden_layer_overflows_leaves_nothing(key, acti
     for row, t in ((0, 2), (1, 5)):
         tame["k"][row, t], tame["theta"][row, t] = 0, 0
     actual, expected = (gradients(neural_memory, c, **options) for c in (case, tame))
-    for a, b in zip(actual[2:], expected[2:], strict=True):  # all but those of q and k
-        assert a.isfinite().all()
-        assert b.shape == a.shape
-    assert_close([actual[0], actual[2], *actual[4:]], [expected[0], expected[2], *expected[4:]])
+    assert all(g.isfinite().all() for g in actual[2:])
+    for k_and_theta in (actual, expected):  # those of the dropped token itself differ
+        del k_and_theta[3], k_and_theta[1]
+    assert_close(actual, expected)
 
 
 @torch.no_grad()

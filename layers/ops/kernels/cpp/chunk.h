@@ -207,7 +207,7 @@ class Chunk {
         const int64_t width = m.widths[i + 1];
         for (int64_t n = t * width; n < (t + 1) * width; ++n) d_[i][n] = finite ? d_[i][n] * factor_[t] : T(0);
         if (finite) continue;  // of a token that is dropped nothing may be left: any of it can be infinite
-        std::fill_n(const_cast<T*>(x_[i]) + t * m.widths[i], m.widths[i], T(0));
+        std::fill_n(const_cast<T*>(x_[i]) + t * m.widths[i], m.widths[i], T(0));  // keys are gathered, a copy
         if (i == last) continue;
         for (T* part : {e_[i], z_[i], slope_[i], bend_.empty() ? nullptr : bend_[i]}) {
           if (part != nullptr) std::fill_n(part + t * width, width, T(0));
